@@ -1,0 +1,116 @@
+"""The model card of an artifact, filled from its config and report."""
+
+from pathlib import Path
+
+import yaml
+
+from twin_merging_hf.modeling import TwinMergingConfig
+
+
+_TEMPLATE = Path(__file__).with_name("card_template.md")
+_TASKS = {"text": "text-classification", "image": "image-classification"}
+_EXAMPLES = {"text": '["a text", "another text"]', "image": '["image.png"]'}
+
+
+def render_card(config: TwinMergingConfig, report: dict, recipe_text: str, kind: str) -> str:
+    """
+    Fill the card template.
+
+    Args:
+        report: content of report.json.
+        kind: `text` or `image`.
+    """
+    names = [expert["name"] for expert in config.experts]
+    versions = config.provenance.get("versions", {})
+    return _TEMPLATE.read_text(encoding="utf-8").format(
+        metadata=yaml.safe_dump(_metadata(config, kind), sort_keys=False, allow_unicode=True).strip(),
+        title=f"Twin-Merging of {', '.join(names)}",
+        count=len(names),
+        task=_TASKS[kind],
+        location="PATH_OR_REPO_ID",
+        example=_EXAMPLES[kind],
+        first_expert=names[0],
+        experts=_experts(config, report),
+        routing=_routing(config, report),
+        verdict=_verdict(report),
+        size=_size(report),
+        recipe=recipe_text.strip() or "# built from Python, without a recipe file",
+        versions=", ".join(f"{name} {version}" for name, version in versions.items()),
+    )
+
+
+def write_card(path: Path, config: TwinMergingConfig, report: dict, recipe_text: str, kind: str) -> None:
+    """Write the card to `path`."""
+    path.write_text(render_card(config, report, recipe_text, kind), encoding="utf-8")
+
+
+def _metadata(config: TwinMergingConfig, kind: str) -> dict:
+    sources = config.provenance.get("sources", {})
+    # Only names that can be repositories on the Hub; a local folder would be a dead link.
+    models = [source["model"] for source in sources.values() if _is_repo_id(source["model"])]
+    metadata: dict = {"library_name": "transformers", "pipeline_tag": _TASKS[kind]}
+    if models:
+        metadata |= {"base_model": list(dict.fromkeys(m.split("@")[0] for m in models)), "base_model_relation": "merge"}
+    return metadata | {"tags": ["merge", "model-merging", "twin-merging", "twin-merging-hf", "custom_code"]}
+
+
+def _is_repo_id(source: str) -> bool:
+    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
+
+
+def _cell(text: object) -> str:
+    return str(text).replace("|", "\\|").replace("\n", " ")
+
+
+def _experts(config: TwinMergingConfig, report: dict) -> str:
+    lines = ["| expert | source | kind | labels |", "|---|---|---|---|"]
+    for expert in config.experts:
+        labels = ", ".join(expert["labels"][:12]) + (" ..." if len(expert["labels"]) > 12 else "")
+        kind = "regression" if expert["problem_type"] == "regression" else "classes"
+        lines.append(f"| {_cell(expert['name'])} | {_cell(expert.get('source', ''))} | {kind} | {_cell(labels)} |")
+    return "\n".join(lines)
+
+
+def _routing(config: TwinMergingConfig, report: dict) -> str:
+    where = (
+        "the shared model's last state"
+        if config.router_pass == "full"
+        else f"the state before layer {config.router_layer}"
+    )
+    text = f"A `{config.router_type}` router reads {where} of the shared model, once for each row."
+    router = report["router"]
+    if router.get("held_out_rows"):
+        text += (
+            f" On {router['held_out_rows']} held-out rows it chose the right expert in {router['accuracy']:.1%} "
+            f"(temperature {router['temperature']:.3g})."
+        )
+        names = [expert["name"] for expert in config.experts]
+        text += "\n\n| belongs to \\ chosen | " + " | ".join(_cell(name) for name in names) + " |\n"
+        text += "|---" * (len(names) + 1) + "|\n"
+        for name, row in zip(names, router["confusion"], strict=True):
+            text += f"| {_cell(name)} | " + " | ".join(str(count) for count in row) + " |\n"
+    else:
+        text += " It was built from the experts' weights alone; its accuracy was not measured."
+    return text.strip()
+
+
+def _verdict(report: dict) -> str:
+    verdict = report["verdict"]
+    if verdict["agreement"] is None:
+        return "Not measured: the recipe gave no data."
+    lines = [
+        "Agreement with each expert's own answers on held-out rows (share of equal labels; Pearson correlation for a "
+        "regression): left to itself, and with the expert given.",
+        "",
+        "| expert | rows | routed | given |",
+        "|---|---|---|---|",
+    ]
+    for name, share in verdict["agreement"].items():
+        lines.append(f"| {_cell(name)} | {verdict['rows'][name]} | {share:.1%} | {verdict['given'][name]:.1%} |")
+    return "\n".join(lines)
+
+
+def _size(report: dict) -> str:
+    size = report["storage"]
+    parts = ", ".join(f"{name} {size[name] / 1e6:.2f} MB" for name in ("shared", "deltas", "heads", "router"))
+    return f"{size['total'] / 1e6:.2f} MB: {parts}; {size['ratio']:.2f} times the shared backbone alone."

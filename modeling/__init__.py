@@ -1,0 +1,39 @@
+"""The model code that travels with every artifact, and its registration with Transformers' Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForSequenceClassification
+
+from .configuration_twin_merging import TwinMergingConfig
+from .modeling_twin_merging import (
+    TwinMergingForImageClassification,
+    TwinMergingForSequenceClassification,
+    TwinMergingModel,
+    TwinMergingPreTrainedModel,
+)
+
+
+AUTO_CLASSES = {
+    AutoModel: TwinMergingModel,
+    AutoModelForSequenceClassification: TwinMergingForSequenceClassification,
+    AutoModelForImageClassification: TwinMergingForImageClassification,
+}
+
+
+def register() -> None:
+    """Register config and models with the Auto classes; doing it again changes nothing."""
+    AutoConfig.register(TwinMergingConfig.model_type, TwinMergingConfig, exist_ok=True)
+    TwinMergingConfig.register_for_auto_class()
+    for auto_class, model_class in AUTO_CLASSES.items():
+        auto_class.register(TwinMergingConfig, model_class, exist_ok=True)
+        model_class.register_for_auto_class(auto_class.__name__)
+
+
+register()
+
+__all__ = [
+    "TwinMergingConfig",
+    "TwinMergingForImageClassification",
+    "TwinMergingForSequenceClassification",
+    "TwinMergingModel",
+    "TwinMergingPreTrainedModel",
+    "register",
+]

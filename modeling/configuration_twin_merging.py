@@ -1,0 +1,191 @@
+"""Configuration of a Twin-Merging artifact: what the shared model is, who the experts are, how rows are routed."""
+
+import re
+from dataclasses import field
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+
+FORMAT_VERSION = 1
+ROUTER_TYPES = ("linear", "mlp", "projection")
+ROUTER_PASSES = ("prefix", "full")
+EXPERT_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+RESERVED_EXPERT_NAMES = ("all", "none", "__shared__", "__base__")
+FACTOR_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_expert_names(names: list[str]) -> None:
+    """Raise `ValueError` unless every name is legal and unique ignoring case."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if not isinstance(name, str) or not EXPERT_NAME.fullmatch(name):
+            raise ValueError(f"expert name {name!r} is not legal: use letters, digits, '_', '.', '-' only")
+        if name.lower() in RESERVED_EXPERT_NAMES:
+            raise ValueError(f"expert name {name!r} is reserved ({', '.join(RESERVED_EXPERT_NAMES)}); choose another")
+        if name.lower() in seen:
+            raise ValueError(f"expert names {seen[name.lower()]!r} and {name!r} are the same ignoring case; rename one")
+        seen[name.lower()] = name
+
+
+class TwinMergingConfig(PreTrainedConfig):
+    r"""
+    Describes one artifact: `shared + sum_t w_t(x) * delta_t`, heads included (Twin-Merging, arXiv 2406.15479, section 4).
+
+    Args:
+        shared_config (`PreTrainedConfig` or `dict`):
+            Configuration of the shared task model; becomes a real config object of its own class.
+        shared_class (`str`):
+            Name of the task model's class in Transformers, for example `"BertForSequenceClassification"`.
+        head_modules (`list[str]`):
+            Direct children of the task model outside its base model, in call order. Every expert keeps its own.
+        layers_path (`str`):
+            Path, inside the task model, of the list of layers that the router counts.
+        experts (`list[dict]`):
+            One `{"name", "labels", "problem_type", ...}` for each expert, in order.
+        ranks (`dict[str, list[int]]`):
+            For each factored parameter of the task model, the rank of each expert's delta.
+        exact_deltas (`list[str]`):
+            Parameters whose deltas are stored exactly (vectors: biases, norms, class tokens).
+        factor_dtype (`str`):
+            Storage type of the factors on disk; in memory they follow the model's dtype.
+        router_type, router_pass, router_layer, router_temperature, router_top_k:
+            `linear`, `mlp` or `projection`; `full` (whole shared pass) or `prefix` (the state before layer
+            `router_layer`); weights are `softmax(logits / router_temperature)`, the largest `router_top_k` kept.
+        router_site (`str`, *optional*):
+            For `projection`: the module whose input is projected on the experts' subspaces.
+        router_input_size (`int`), router_rank (`int`):
+            Width of the routing state; dimension of each expert's subspace (`projection`).
+        format_version (`int`):
+            Version of this layout; a newer one than the code knows is refused.
+        provenance (`dict`):
+            Where the artifact came from: recipe digest, sources and fingerprints, versions, seed, scores.
+    """
+
+    model_type = "twin_merging"
+    # Declared so that dtype and attention settings reach the shared model. Built in __post_init__ by hand because
+    # `SubConfigSpec` does not exist in every supported version of Transformers.
+    sub_configs = {"shared_config": AutoConfig}
+    keys_to_ignore_at_inference = ["expert_logits", "expert_weights", "hidden_states", "attentions", "pooler_output"]
+
+    shared_config: Any = None
+    shared_class: str = ""
+    head_modules: list = field(default_factory=list)
+    layers_path: str = ""
+    experts: list = field(default_factory=list)
+    ranks: dict = field(default_factory=dict)
+    exact_deltas: list = field(default_factory=list)
+    factor_dtype: str = "float32"
+    router_type: str = "linear"
+    router_pass: str = "prefix"
+    router_layer: int | None = None
+    router_site: str | None = None
+    router_input_size: int = 0
+    router_rank: int = 0
+    router_temperature: float = 1.0
+    router_top_k: int | None = None
+    format_version: int = FORMAT_VERSION
+    provenance: dict = field(default_factory=dict)
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.shared_config, dict):
+            fields = dict(self.shared_config)
+            model_type = fields.pop("model_type", None)
+            if not model_type:
+                raise ValueError("TwinMergingConfig: `shared_config` has no `model_type`, so its class is unknown")
+            self.shared_config = AutoConfig.for_model(model_type, **fields)
+        self.head_modules = list(self.head_modules or [])
+        self.experts = [dict(expert) for expert in self.experts or []]
+        self.ranks = dict(self.ranks or {})
+        self.exact_deltas = list(self.exact_deltas or [])
+        self.provenance = dict(self.provenance or {})
+        super().__post_init__(**kwargs)
+        if self.experts:
+            self.validate_twin_merging()
+
+    def get_text_config(self, decoder=None, encoder=None):
+        """Delegate to the shared model's config, where caches and vocabulary checks look."""
+        if not isinstance(self.shared_config, PreTrainedConfig):
+            return self
+        return self.shared_config.get_text_config(decoder=decoder, encoder=encoder)
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Names of the experts, in the order of `expert_weights`' columns."""
+        return [expert["name"] for expert in self.experts]
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the union label space, in the order of `logits`' columns."""
+        return [str(label) for _, label in sorted((self.id2label or {}).items())]  # type: ignore[type-var]
+
+    @property
+    def hidden_size(self) -> int | None:
+        return getattr(self.shared_config, "hidden_size", None)
+
+    @property
+    def num_hidden_layers(self) -> int | None:
+        return getattr(self.shared_config, "num_hidden_layers", None)
+
+    @property
+    def vocab_size(self) -> int | None:
+        return getattr(self.shared_config, "vocab_size", None)
+
+    @property
+    def max_position_embeddings(self) -> int | None:
+        return getattr(self.shared_config, "max_position_embeddings", None)
+
+    def validate_twin_merging(self) -> None:
+        """Raise `ValueError`, naming the field, if the fields do not describe one possible artifact."""
+        if not isinstance(self.format_version, int) or self.format_version < 1:
+            raise ValueError(f"`format_version` must be a positive integer, got {self.format_version!r}")
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"this artifact has format_version {self.format_version}, this code knows up to {FORMAT_VERSION}; "
+                "upgrade with `pip install -U twin-merging-hf`"
+            )
+        check_expert_names(self.expert_names)
+        for expert in self.experts:
+            labels = expert.get("labels")
+            if not isinstance(labels, list) or not labels or len(set(labels)) != len(labels):
+                raise ValueError(
+                    f"expert {expert['name']!r}: `labels` must be a list of different names, got {labels!r}"
+                )
+            if expert.get("problem_type") not in ("single_label_classification", "regression"):
+                raise ValueError(
+                    f"expert {expert['name']!r}: `problem_type` must be single_label_classification or regression, "
+                    f"got {expert.get('problem_type')!r}"
+                )
+        self._validate_deltas()
+        self._validate_router()
+
+    def _validate_deltas(self) -> None:
+        for name, ranks in self.ranks.items():
+            legal = isinstance(ranks, list) and all(isinstance(r, int) and 0 <= r <= 1 << 20 for r in ranks)
+            if not legal or len(ranks) != len(self.experts) or not any(ranks):
+                raise ValueError(
+                    f"`ranks[{name!r}]` must give one rank >= 0 for each of the {len(self.experts)} experts "
+                    f"(not all 0), got {ranks!r}"
+                )
+        both = set(self.ranks) & set(self.exact_deltas)
+        if both:
+            raise ValueError(f"{sorted(both)[0]!r} stands in both `ranks` and `exact_deltas`")
+        if self.factor_dtype not in FACTOR_DTYPES:
+            raise ValueError(f"`factor_dtype` must be one of {', '.join(FACTOR_DTYPES)}, got {self.factor_dtype!r}")
+
+    def _validate_router(self) -> None:
+        if self.router_type not in ROUTER_TYPES:
+            raise ValueError(f"`router_type` must be one of {', '.join(ROUTER_TYPES)}, got {self.router_type!r}")
+        if self.router_pass not in ROUTER_PASSES:
+            raise ValueError(f"`router_pass` must be one of {', '.join(ROUTER_PASSES)}, got {self.router_pass!r}")
+        if self.router_pass == "prefix" and not isinstance(self.router_layer, int) and not self.router_site:
+            raise ValueError("`router_pass='prefix'` needs `router_layer` (the number of layers to run)")
+        if self.router_type == "projection" and (not self.router_site or self.router_rank < 1):
+            raise ValueError("`router_type='projection'` needs `router_site` and `router_rank` >= 1")
+        if self.router_input_size < 1:
+            raise ValueError(f"`router_input_size` must be positive, got {self.router_input_size!r}")
+        if not self.router_temperature > 0:
+            raise ValueError(f"`router_temperature` must be positive, got {self.router_temperature!r}")
+        top_k = self.router_top_k
+        if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k <= len(self.experts)):
+            raise ValueError(f"`router_top_k` must be between 1 and {len(self.experts)} or null, got {top_k!r}")

@@ -1,0 +1,622 @@
+"""
+Twin-Merging models for Transformers: one shared model that becomes the right mixture of experts for every row.
+
+For a row x with expert weights w(x) the model computes `shared + sum_t w_t(x) * delta_t`, heads included
+(arXiv 2406.15479, section 4). The weights come from the router, or are given by the caller.
+"""
+
+import copy
+import inspect
+import os
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.models.auto import modeling_auto
+from transformers.utils import ModelOutput, TransformersKwargs, cached_file, logging
+
+from .configuration_twin_merging import TwinMergingConfig
+from .deltas_twin_merging import ExactDelta, FactoredDelta, attach_deltas
+from .heads_twin_merging import ExpertHeads, LabelSpace
+from .mix_twin_merging import CallWeights, ExpertMix
+from .routing_twin_merging import PrefixStop, ProjectionRouter, new_router, routing_state, weights_from_logits
+
+
+logger = logging.get_logger(__name__)
+
+SHARED = "__shared__"
+ALL = "all"
+MODEL_FILE = "modeling_twin_merging"
+AUTO_MAP = {
+    "AutoConfig": "configuration_twin_merging.TwinMergingConfig",
+    "AutoModel": f"{MODEL_FILE}.TwinMergingModel",
+    "AutoModelForSequenceClassification": f"{MODEL_FILE}.TwinMergingForSequenceClassification",
+    "AutoModelForImageClassification": f"{MODEL_FILE}.TwinMergingForImageClassification",
+}
+# Which of Transformers' own classes may be the shared model, by the wrapper that serves them.
+SHARED_CLASSES = {
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+}
+_INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "pixel_values")
+
+
+@dataclass
+class TwinMergingModelOutput(ModelOutput):
+    """
+    Output of `TwinMergingModel`; every tensor has the batch first ([batch, expert, ...] for `experts="all"`).
+
+    last_hidden_state: [batch, token, hidden]. pooler_output: [batch, hidden] or None.
+    expert_weights: the weights that acted, [batch, expert].
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+    expert_weights: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class TwinMergingClassifierOutput(ModelOutput):
+    """
+    Output of the classification models; [batch, expert, ...] for `experts="all"`.
+
+    loss: scalar, mean negative log-probability of the labels (squared error for float labels).
+    logits: [batch, label], log-probabilities over the union label space (`config.id2label`), so that
+        `exp(logits).sum(-1) == 1`; the weighted value [batch, 1] if every expert is a regression.
+    expert_logits: [batch, label], each expert's own raw head outputs in its columns.
+    expert_weights: the weights that acted, [batch, expert].
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    expert_logits: torch.FloatTensor | None = None
+    expert_weights: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+def find_shared_class(name: str) -> tuple[type[PreTrainedModel], str]:
+    """
+    Return the Transformers class called `name` and the Auto class it belongs to.
+
+    Raises:
+        ValueError: the name is not one of Transformers' own classes of a supported kind.
+    """
+    for auto_class, mapping in SHARED_CLASSES.items():
+        for names in getattr(modeling_auto, mapping).values():
+            if name in ([names] if isinstance(names, str) else names):
+                return getattr(transformers, name), auto_class
+    raise ValueError(
+        f"`shared_class` {name!r} is not a Transformers class that a Twin-Merging model can wrap "
+        f"(supported: classes of {', '.join(SHARED_CLASSES)})"
+    )
+
+
+def build_shared(config: TwinMergingConfig) -> PreTrainedModel:
+    """Make the shared task model with `ExpertHeads` in the place of its head modules."""
+    shared_class, _ = find_shared_class(config.shared_class)
+    shared = shared_class(copy.deepcopy(config.shared_config))
+    heads: dict[str, list] = {name: [] for name in config.head_modules}
+    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    for expert in config.experts:
+        task_config = copy.deepcopy(config.shared_config)
+        task_config.num_labels = len(expert["labels"])
+        # On meta: only the head of this model is wanted, its backbone would be made for nothing.
+        with torch.device("meta"):
+            task_model = shared_class(task_config)
+        for name in heads:
+            head = task_model.get_submodule(name)
+            heads[name].append(_materialised(head, device, dtype))
+    for position, (name, modules) in enumerate(heads.items()):
+        shared.set_submodule(name, ExpertHeads(modules, chained=position > 0))
+    return shared
+
+
+def _materialised(head: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    if device.type != "meta":
+        head = head.to_empty(device=device).to(dtype)
+    for module in head.modules():
+        module.__dict__.pop("_is_hf_initialized", None)
+    for parameter in head.parameters():
+        parameter.__dict__.pop("_is_hf_initialized", None)
+    return head
+
+
+class TwinMergingPreTrainedModel(PreTrainedModel):
+    """What all Twin-Merging models share: the shared task model, the deltas, the router, and how weights are chosen."""
+
+    config_class = TwinMergingConfig
+    base_model_prefix = "shared"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _keep_in_fp32_modules = ["router"]
+    _keep_in_fp32_modules_strict = ["router"]
+    _serves: tuple = ()
+
+    def __init__(self, config: TwinMergingConfig):
+        super().__init__(config)
+        if not config.experts:
+            raise ValueError("TwinMergingConfig has no experts; build an artifact with `twin-merging build`")
+        _, auto_class = find_shared_class(config.shared_class)
+        if self._serves and auto_class not in self._serves:
+            raise ValueError(
+                f"{type(self).__name__} cannot serve a shared {config.shared_class}; load this artifact with "
+                f"`{auto_class}` (or `AutoModel` for hidden states)"
+            )
+        self.shared = build_shared(config)
+        self.mix = ExpertMix()
+        self.label_space = LabelSpace.of(config.experts)
+        self.deltas = attach_deltas(self.shared, self.mix, config.ranks, config.exact_deltas, len(config.experts))
+        self.router = new_router(config)
+        self._prefix_stop = self._hook_prefix()
+        self.main_input_name = self.shared.main_input_name
+        self._accepted = _accepted_arguments(self.shared)
+        self._body_accepts = _accepted_arguments(self.shared.base_model)
+        self.post_init()
+
+    def _hook_prefix(self) -> PrefixStop | None:
+        config = self.config
+        if config.router_site:
+            site = self.shared.get_submodule(config.router_site)
+        elif config.router_pass == "prefix":
+            layers: Any = self.shared.get_submodule(config.layers_path)
+            if not 0 <= config.router_layer < len(layers):
+                raise ValueError(
+                    f"`router_layer` is {config.router_layer}, but {config.layers_path} has layers 0 to {len(layers) - 1}"
+                )
+            site = layers[config.router_layer]
+        else:
+            return None
+        stop = PrefixStop()
+        site.register_forward_pre_hook(stop, with_kwargs=True)
+        return stop
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, FactoredDelta):
+            init.normal_(module.down, std=0.02)
+            init.zeros_(module.up)
+        elif isinstance(module, ExactDelta):
+            init.zeros_(module.delta)
+        elif isinstance(module, ProjectionRouter):
+            init.normal_(module.basis, std=0.02)
+            init.zeros_(module.offset)
+            init.ones_(module.scale)
+        else:
+            super()._init_weights(module)
+
+    # ---- experts, by name -------------------------------------------------------------------------------------
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Names of the experts, in the order of the columns of `expert_weights`."""
+        return self.config.expert_names
+
+    @contextmanager
+    def use_experts(self, experts=None, *, expert_weights: torch.Tensor | None = None):
+        """
+        Within the block, let these experts answer every row, in this thread only (for pipelines, whose calls cannot
+        carry an argument).
+
+        Args:
+            experts: an expert's name, `"__shared__"`, or a dict of weights by name such as `{"sst2": 0.7, "qqp": 0.3}`.
+            expert_weights: instead, a tensor [1, expert] (or [batch, expert], if every batch has that size).
+
+        Raises:
+            ValueError: an unknown name, or both arguments given.
+        """
+        if experts == ALL:
+            raise ValueError("`use_experts('all')` has no meaning for pipelines; call the model with `experts='all'`")
+        if (experts is None) == (expert_weights is None):
+            raise ValueError("`use_experts` needs either names (or a dict of weights) or `expert_weights`, not both")
+        weights: Any = expert_weights if experts is None else self._weights_by_name(experts)
+        with self.mix.force(self._checked_weights(weights)):
+            yield self
+
+    def _weights_by_name(self, experts) -> torch.Tensor:
+        """Turn a name, a dict of weights or one name for each row into weights [1 or batch, expert]."""
+        names = self.expert_names
+        if isinstance(experts, dict):
+            weights = torch.zeros(1, len(names))
+            for name, weight in experts.items():
+                weights[0, self._expert_index(name)] = float(weight)
+            return weights
+        rows = [experts] if isinstance(experts, str) else list(experts)
+        weights = torch.zeros(len(rows), len(names))
+        for row, name in enumerate(rows):
+            if name != SHARED:
+                weights[row, self._expert_index(name)] = 1.0
+        return weights
+
+    def _expert_index(self, name: str) -> int:
+        if name not in self.expert_names:
+            raise ValueError(f"unknown expert {name!r}; this model has {', '.join(self.expert_names)} (and {SHARED!r})")
+        return self.expert_names.index(name)
+
+    def _checked_weights(self, weights: torch.Tensor) -> torch.Tensor:
+        if not isinstance(weights, torch.Tensor):
+            weights = torch.as_tensor(weights)
+        if weights.dim() != 2 or weights.shape[1] != len(self.expert_names):
+            raise ValueError(
+                f"`expert_weights` must be [batch, expert] or [1, expert] with {len(self.expert_names)} experts, "
+                f"got {list(weights.shape)}"
+            )
+        if not torch.compiler.is_compiling():
+            if not torch.isfinite(weights).all():
+                raise ValueError("`expert_weights` holds NaN or infinity")
+            if self._mixes_heads and (weights < 0).any():
+                raise ValueError(
+                    "`expert_weights` must not be negative where heads are mixed: a head's share has no logarithm"
+                )
+        return weights.float()
+
+    _mixes_heads = False
+
+    # ---- routing ----------------------------------------------------------------------------------------------
+
+    def routing_logits(self, **inputs) -> torch.Tensor:
+        """Router's logits [batch, expert] for a batch of model inputs, by a pass through the shared model."""
+        return self.router(self._routing_hidden(inputs), inputs.get("attention_mask"))
+
+    def routing_features(self, **inputs) -> torch.Tensor:
+        """What the router scores: [batch, feature], float32 (masked mean of the routing states; shares for `projection`)."""
+        router: Any = self.router
+        return router.features(self._routing_hidden(inputs), inputs.get("attention_mask"))
+
+    def _routing_hidden(self, inputs: dict) -> torch.Tensor:
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(
+                f"routing needs an attention_mask [batch, token], got {list(mask.shape)}; or give `experts`"
+            )
+        body_inputs = {name: value for name, value in inputs.items() if name in self._body_accepts}
+        # Never with gradients: activation checkpointing would replay this pass with the answer's weights.
+        with torch.no_grad(), self._applied(None):
+            return routing_state(lambda: self.shared.base_model(**body_inputs), self._prefix_stop)
+
+    @contextmanager
+    def _applied(self, call: CallWeights | None):
+        if torch.compiler.is_compiling():
+            self.mix.latest = call
+            yield
+        else:
+            with self.mix.applied(call):
+                yield
+
+    def route(self, **inputs) -> torch.Tensor:
+        """Expert weights [batch, expert], float32, that the router gives a batch of model inputs; each row sums to 1."""
+        logits = self.routing_logits(**inputs)
+        return weights_from_logits(logits, self.config.router_temperature, self.config.router_top_k)
+
+    # ---- one call ---------------------------------------------------------------------------------------------
+
+    def _call_inputs(self, named: dict, kwargs: dict) -> dict:
+        """Check the arguments of a call and return those for the shared model."""
+        unknown = [name for name in kwargs if name not in self._accepted and name not in _CALL_KWARGS]
+        if unknown:
+            valid = sorted({*self._accepted, "labels", "expert_weights", "experts"})
+            raise ValueError(
+                f"{type(self).__name__} got an unknown argument {unknown[0]!r}; it takes {', '.join(valid)}"
+            )
+        inputs = {name: value for name, value in named.items() if value is not None}
+        for name in [name for name in inputs if name not in self._accepted]:
+            # Tokenizers of other models make all-zero token types; stock models without them ignore those too.
+            if name != "token_type_ids" or (not torch.compiler.is_compiling() and bool(inputs[name].any())):
+                raise ValueError(f"the shared {self.config.shared_class} takes no {name!r}")
+            del inputs[name]
+        return {**inputs, **kwargs}
+
+    def _resolve_weights(self, inputs: dict, experts, expert_weights) -> torch.Tensor:
+        """Expert weights [batch, expert] of a call: given, chosen by `use_experts`, or routed."""
+        if experts is not None and expert_weights is not None:
+            raise ValueError("give either `experts` or `expert_weights`, not both")
+        main = self._main_input(inputs)
+        batch, device = main.shape[0], main.device
+        if experts is not None:
+            expert_weights = self._weights_by_name(experts)
+            if isinstance(experts, (list, tuple)) and len(experts) != batch:
+                raise ValueError(f"`experts` names {len(experts)} rows, but the batch has {batch}")
+        given = expert_weights is not None
+        weights = self._checked_weights(expert_weights) if given else self.mix.current_forced()
+        if weights is None:
+            return self.route(**inputs)
+        if weights.shape[0] not in (1, batch):
+            raise ValueError(f"got expert weights for {weights.shape[0]} rows, but the batch has {batch}")
+        return weights.to(device).expand(batch, -1)
+
+    def _main_input(self, inputs: dict) -> torch.Tensor:
+        for name in ("inputs_embeds", "input_ids", "pixel_values"):
+            if name in inputs:
+                return inputs[name]
+        raise ValueError(f"{type(self).__name__} needs `{self.main_input_name}`")
+
+    def _repeat_for_all(self, inputs: dict, batch: int) -> tuple[dict, torch.Tensor]:
+        """Repeat each row once for every expert: inputs [batch * expert, ...] and their one-hot weights."""
+        count = len(self.expert_names)
+        repeated = {
+            name: value.repeat_interleave(count, dim=0)
+            if isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == batch
+            else value
+            for name, value in inputs.items()
+        }
+        return repeated, torch.eye(count).repeat(batch, 1)
+
+    def _run(self, module: nn.Module, inputs: dict, weights: torch.Tensor):
+        with self._applied(CallWeights(weights)):
+            return module(**inputs, return_dict=True)
+
+    def _answer(self, named: dict, kwargs: dict, experts, expert_weights, answer):
+        """Resolve the weights of a call, run `answer(inputs, weights)` and shape its output for `experts="all"`."""
+        return_dict = kwargs.pop("return_dict", None)
+        inputs = self._call_inputs(named, kwargs)
+        if isinstance(experts, str) and experts == ALL:
+            if expert_weights is not None:
+                raise ValueError("give either `experts` or `expert_weights`, not both")
+            main = self._main_input(inputs)
+            repeated, weights = self._repeat_for_all(inputs, main.shape[0])
+            output = answer(repeated, weights.to(main.device))
+            output = type(output)(**{k: _split_rows(v, len(self.expert_names)) for k, v in output.items()})
+        else:
+            output = answer(inputs, self._resolve_weights(inputs, experts, expert_weights))
+        use_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if use_dict else output.to_tuple()
+
+    # ---- Transformers' contract -------------------------------------------------------------------------------
+
+    def get_input_embeddings(self):
+        return self.shared.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        raise ValueError("the input embeddings carry expert deltas and cannot be replaced; build a new artifact")
+
+    def get_output_embeddings(self):
+        return self.shared.get_output_embeddings()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """
+        Load an artifact. As in Transformers, but a missing or unexpected tensor raises.
+
+        Raises:
+            ValueError: a tensor of the artifact is missing, unexpected or of another shape (named), or tensor
+                parallelism is asked for.
+        """
+        if kwargs.get("tp_plan") is not None or kwargs.get("tp_size") is not None:
+            raise ValueError("tensor parallelism is not supported by Twin-Merging models; use `device_map`")
+        want_info = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        model, info = loaded
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            keys = sorted(str(key) for key in info.get(kind) or ())
+            if keys:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path}: {kind.replace('_', ' ')} in this artifact: {', '.join(keys[:5])}"
+                    f"{' ...' if len(keys) > 5 else ''}; it is damaged or was made by another version, build it again"
+                )
+        names = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
+        model._artifact_source = (
+            str(pretrained_model_name_or_path),
+            {name: kwargs[name] for name in names if kwargs.get(name) is not None},
+        )
+        return (model, info) if want_info else model
+
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):  # type: ignore[override]
+        """
+        Save the artifact: weights, config, code, and the companion files it was loaded with (card, recipe, report,
+        tokenizer or processor, pictures). Files that exist in `save_directory` already are not overwritten by
+        companions.
+        """
+        if state_dict is None and not getattr(self, "hf_device_map", None):
+            state_dict = self._storage_state_dict()
+        super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+        if is_main_process:
+            self._restore_config(save_directory)
+            self._copy_companions(save_directory)
+
+    def _storage_state_dict(self) -> dict:
+        """State dict with the factors in their storage type (loading widens them to the model's)."""
+        storage = getattr(torch, self.config.factor_dtype)
+        state = self.state_dict()
+        for key, value in state.items():
+            if key.startswith("deltas.") and key.endswith((".up", ".down")) and value.element_size() > storage.itemsize:
+                state[key] = value.to(storage)
+        return state
+
+    def _restore_config(self, save_directory) -> None:
+        # One layout serves every head: the artifact keeps the head it was built for and names all of them.
+        built_for = find_shared_class(self.config.shared_class)[1]
+        self.config.architectures = [AUTO_MAP[built_for].split(".")[-1]]
+        self.config.auto_map = dict(AUTO_MAP)
+        self.config.save_pretrained(save_directory)
+
+    def _copy_companions(self, save_directory) -> None:
+        source = getattr(self, "_artifact_source", None)
+        if source is None:
+            return
+        folder, options = source
+        for name in self.config.provenance.get("companions", []):
+            target = os.path.join(save_directory, name)
+            if os.path.basename(name) != name or os.path.exists(target):
+                continue
+            found = cached_file(folder, name, _raise_exceptions_for_missing_entries=False, **options)
+            if found is None:
+                logger.warning(f"{name} is listed in the artifact's config but not found in {folder}; not copied")
+            else:
+                shutil.copyfile(found, target)
+
+
+_CALL_KWARGS = {*TransformersKwargs.__annotations__, "return_dict"}
+
+
+def _accepted_arguments(module: nn.Module) -> set:
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {"self", "labels"}
+
+
+def _split_rows(value, count: int):
+    if isinstance(value, tuple):
+        return tuple(_split_rows(item, count) for item in value)
+    return value.reshape(-1, count, *value.shape[1:]) if isinstance(value, torch.Tensor) else value
+
+
+class TwinMergingModel(TwinMergingPreTrainedModel):
+    """The backbone of an artifact, without heads: hidden states of the right mixture for every row."""
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        expert_weights: torch.FloatTensor | None = None,
+        experts: str | list | dict | None = None,
+        **kwargs,
+    ) -> TwinMergingModelOutput:
+        """
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, pixel_values:
+                As in the shared model.
+            expert_weights: [batch, expert] or [1, expert]; none given: the router decides.
+            experts: instead, an expert's name for all rows, one name for each row, `"__shared__"`, a dict of weights
+                by name, or `"all"` (each row by every expert, outputs [batch, expert, ...]).
+
+        Raises:
+            ValueError: unknown expert or argument, wrong shape of weights.
+        """
+        named = dict(zip(_INPUT_NAMES, (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+                                        pixel_values), strict=True))  # fmt: skip
+
+        def answer(inputs, weights):
+            inputs = {name: value for name, value in inputs.items() if name in self._body_accepts | _CALL_KWARGS}
+            output = self._run(self.shared.base_model, inputs, weights)
+            return TwinMergingModelOutput(
+                last_hidden_state=output.last_hidden_state,
+                pooler_output=output.get("pooler_output"),
+                expert_weights=weights,
+                hidden_states=output.get("hidden_states"),
+                attentions=output.get("attentions"),
+            )
+
+        return self._answer(named, kwargs, experts, expert_weights, answer)
+
+
+class _TwinMergingForClassification(TwinMergingPreTrainedModel):
+    """Classification and regression over the union label space."""
+
+    _mixes_heads = True
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        expert_weights: torch.FloatTensor | None = None,
+        experts: str | list | dict | None = None,
+        **kwargs,
+    ) -> TwinMergingClassifierOutput:
+        """
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, pixel_values:
+                As in the shared model.
+            labels: [batch]; integers in the union label space (`config.label2id`), or floats for regression rows.
+            expert_weights: [batch, expert] or [1, expert], not negative; none given: the router decides.
+            experts: instead, an expert's name for all rows, one name for each row, `"__shared__"`, a dict of weights
+                by name, or `"all"` (each row by every expert, outputs [batch, expert, ...]).
+
+        Raises:
+            ValueError: unknown expert or argument, wrong shape or sign of weights, labels that mix regression and
+                classes, or labels together with `experts="all"`.
+        """
+        named = dict(zip(_INPUT_NAMES, (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+                                        pixel_values), strict=True))  # fmt: skip
+        if labels is not None and isinstance(experts, str) and experts == ALL:
+            raise ValueError(
+                "`labels` cannot be given together with `experts='all'`: a row has one loss, not one for each"
+            )
+        items = kwargs.get("num_items_in_batch")
+
+        def answer(inputs, weights):
+            inputs = {name: value for name, value in inputs.items() if name != "num_items_in_batch"}
+            output = self._run(self.shared, inputs, weights)
+            logits, expert_logits = self.label_space.compose(output.logits, weights)
+            return TwinMergingClassifierOutput(
+                loss=None if labels is None else self._loss(labels, logits, expert_logits, weights, items),
+                logits=logits,
+                expert_logits=expert_logits,
+                expert_weights=weights,
+                hidden_states=output.get("hidden_states"),
+                attentions=output.get("attentions"),
+            )
+
+        return self._answer(named, kwargs, experts, expert_weights, answer)
+
+    def _loss(self, labels, logits, expert_logits, weights, items) -> Any:
+        """Cross-entropy in the union space for integer labels, squared error of the weighted value for floats."""
+        space = self.label_space
+        slots = [space.columns(t)[0] for t in range(len(space.regression)) if space.regression[t]]
+        if labels.is_floating_point() or space.kind == "value":
+            if not slots:
+                raise ValueError("float labels need a regression expert; this model has none (labels are class ids)")
+            value = logits[:, 0] if space.kind == "value" else self._regression_value(expert_logits, weights, slots)
+            losses = (value.float() - labels.to(value.device).view(-1).float()).pow(2)
+        else:
+            if slots and torch.isin(labels, torch.tensor(slots, device=labels.device)).any():
+                raise ValueError(
+                    "a label is the slot of a regression expert: give float labels for regression rows, in a batch of "
+                    "their own (a batch cannot mix regression and classes)"
+                )
+            losses = nn.functional.cross_entropy(logits.float(), labels.to(logits.device).view(-1), reduction="none")
+            losses = losses[labels.to(losses.device).view(-1) != -100]
+        return losses.mean() if items is None else losses.sum() / items
+
+    def _regression_value(self, expert_logits, weights, slots) -> torch.Tensor:
+        experts = [t for t, is_regression in enumerate(self.label_space.regression) if is_regression]
+        shares = weights[:, experts].to(expert_logits.device)
+        if not torch.compiler.is_compiling() and (shares.sum(dim=1) == 0).any():
+            raise ValueError(
+                "float labels were given for a row that no regression expert answers: a batch cannot mix regression "
+                "and classes"
+            )
+        return (expert_logits[:, slots].float() * shares).sum(dim=1) / shares.sum(dim=1)
+
+
+class TwinMergingForSequenceClassification(_TwinMergingForClassification):
+    """Text classification and regression by the right expert for every row."""
+
+    _serves = ("AutoModelForSequenceClassification",)
+
+
+class TwinMergingForImageClassification(_TwinMergingForClassification):
+    """Image classification and regression by the right expert for every row."""
+
+    _serves = ("AutoModelForImageClassification",)
+    main_input_name = "pixel_values"
+
+
+__all__ = [
+    "TwinMergingClassifierOutput",
+    "TwinMergingForImageClassification",
+    "TwinMergingForSequenceClassification",
+    "TwinMergingModel",
+    "TwinMergingModelOutput",
+    "TwinMergingPreTrainedModel",
+]

@@ -1,0 +1,297 @@
+"""The artifact on disk: its files, how a model becomes one, and how to tell that one is whole."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from twin_merging_hf import modeling
+from twin_merging_hf.modeling import TwinMergingConfig
+from twin_merging_hf.modeling.deltas_twin_merging import delta_key
+from twin_merging_hf.modeling.modeling_twin_merging import AUTO_MAP
+
+from .errors import TwinMergingError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of the files in an artifact's folder."""
+
+    config: str = "config.json"
+    weights: str = "model.safetensors"
+    index: str = "model.safetensors.index.json"
+    recipe: str = "recipe.yaml"
+    report: str = "report.json"
+    card: str = "README.md"
+    confusion: str = "confusion.png"
+
+
+LAYOUT = Layout()
+
+
+def code_files() -> list[Path]:
+    """The files of model code that travel with every artifact."""
+    return sorted(Path(modeling.__file__).parent.glob("*_twin_merging.py"))
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """
+    Give a staging folder that becomes `out` when the block ends well, and disappears when it does not.
+
+    A killed process leaves only a hidden folder beside `out`, which the next build of `out` removes.
+
+    Raises:
+        TwinMergingError: `out` exists already.
+    """
+    refuse_existing(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{out.name}.building-"
+    for leftover in out.parent.glob(f"{prefix}*"):
+        if not _is_running(leftover.name.removeprefix(prefix)):
+            shutil.rmtree(leftover, ignore_errors=True)
+    staging = out.parent / f"{prefix}{os.getpid()}"
+    staging.mkdir()
+    try:
+        yield staging
+        refuse_existing(out)
+        os.rename(staging, out)
+    finally:
+        if staging.exists():
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise `TwinMergingError` if `out` exists: an artifact is never written over something else."""
+    if out.exists() or out.is_symlink():
+        raise TwinMergingError(f"{out} exists already; choose another folder or remove it first")
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except PermissionError:
+        return True
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON that is the same for the same content."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_config(folder: Path) -> TwinMergingConfig:
+    """
+    Read an artifact's config.
+
+    Raises:
+        TwinMergingError: the folder is no artifact, or its config is not valid.
+    """
+    path = folder / LAYOUT.config
+    if not path.is_file():
+        raise TwinMergingError(f"{folder} is not an artifact: it has no {LAYOUT.config}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise TwinMergingError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("model_type") != TwinMergingConfig.model_type:
+        raise TwinMergingError(f"{folder} is not an artifact: its config's model_type is not 'twin_merging'")
+    try:
+        config = TwinMergingConfig.from_dict(content)
+    except (ValueError, TypeError, KeyError) as error:
+        raise TwinMergingError(f"{path}: {error}") from error
+    if not config.experts:
+        raise TwinMergingError(f"{path}: `experts` is empty")
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The artifact's weight files. Raises `TwinMergingError` if there are none or the index is damaged."""
+    if (folder / LAYOUT.index).is_file():
+        try:
+            names = set(json.loads((folder / LAYOUT.index).read_text(encoding="utf-8"))["weight_map"].values())
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise TwinMergingError(f"{folder / LAYOUT.index}: damaged: {error}") from error
+        files = [folder / name for name in sorted(names) if Path(name).name == name]
+    else:
+        files = [folder / LAYOUT.weights]
+    for file in files:
+        if not file.is_file():
+            raise TwinMergingError(f"{folder}: {file.name} is missing")
+    return files
+
+
+def tensor_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each tensor of an artifact, by name, read from the files' headers."""
+    sizes: dict[str, int] = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
+                    view = handle.get_slice(name)
+                    sizes[name] = _DTYPE_BYTES.get(view.get_dtype(), 4) * int(torch.Size(view.get_shape()).numel())
+        except (SafetensorError, OSError) as error:
+            raise TwinMergingError(f"{file}: damaged: {error}") from error
+    return sizes
+
+
+_DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Bytes of an artifact by part; `ratio` is all tensor bytes over those of the shared backbone."""
+
+    shared: int
+    deltas: int
+    heads: int
+    router: int
+
+    @property
+    def total(self) -> int:
+        return self.shared + self.deltas + self.heads + self.router
+
+    @property
+    def ratio(self) -> float:
+        return self.total / self.shared if self.shared else float("inf")
+
+
+def storage(folder: Path, config: TwinMergingConfig) -> Storage:
+    """Account for every tensor byte of an artifact."""
+    parts = {"shared": 0, "deltas": 0, "heads": 0, "router": 0}
+    heads = tuple(f"shared.{name}." for name in config.head_modules)
+    for name, size in tensor_sizes(folder).items():
+        part = "heads" if name.startswith(heads) else name.split(".")[0]
+        parts[part if part in parts else "shared"] += size
+    return Storage(**parts)
+
+
+def check_artifact(folder: Path) -> list[str]:
+    """
+    Tell what is wrong with an artifact; an empty list means that it is whole.
+
+    Checks that the config is valid, all tensors are there with nothing more, finite, and of the shapes that the config
+    gives; that the model code is the package's; that every companion file is there.
+    """
+    try:
+        config = read_config(folder)
+        problems = _check_tensors(folder, config)
+    except TwinMergingError as error:
+        return [str(error)]
+    auto_map = getattr(config, "auto_map", None) or {}
+    if {key: str(value).split("--")[-1] for key, value in auto_map.items()} != AUTO_MAP:
+        problems.append(
+            f"{LAYOUT.config}: `auto_map` does not name the package's classes, so other heads would not load"
+        )
+    for source in code_files():
+        copy = folder / source.name
+        if not copy.is_file():
+            problems.append(f"model code {source.name} is missing; it would not load with trust_remote_code")
+        elif copy.read_bytes() != source.read_bytes():
+            problems.append(f"model code {source.name} is not that of the installed package")
+    for name in config.provenance.get("companions", []):
+        if not (folder / name).is_file():
+            problems.append(f"{name} is missing")
+    return problems
+
+
+def _check_tensors(folder: Path, config: TwinMergingConfig) -> list[str]:
+    expected = _expected_shapes(config)
+    problems, seen = [], set()
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for key in handle.keys():  # noqa: SIM118
+                    name = _in_memory_name(key, expected, config)
+                    seen.add(name)
+                    problems += _check_tensor(handle.get_tensor(key), key, expected.get(name))
+        except (SafetensorError, OSError) as error:
+            raise TwinMergingError(f"{file}: damaged: {error}") from error
+    return problems + [f"tensor {name!r} is missing" for name in sorted(set(expected) - seen)]
+
+
+def _check_tensor(tensor: torch.Tensor, key: str, shape: torch.Size | None) -> list[str]:
+    if shape is None:
+        return [f"tensor {key!r} does not belong to this artifact"]
+    if tensor.shape != shape:
+        return [f"tensor {key!r} is {list(tensor.shape)}, expected {list(shape)}"]
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        return [f"tensor {key!r} holds NaN or infinity"]
+    return []
+
+
+def _expected_shapes(config: TwinMergingConfig) -> dict[str, torch.Size]:
+    try:
+        with torch.device("meta"):
+            skeleton = modeling.TwinMergingModel(config)
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise TwinMergingError(f"{LAYOUT.config} does not describe a model: {error}") from error
+    return {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
+
+
+def _in_memory_name(key: str, expected: dict, config: TwinMergingConfig) -> str:
+    if key in expected:
+        return key
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    with torch.device("meta"):
+        skeleton = modeling.TwinMergingModel(config)
+    renamings = [t for t in get_model_conversion_mapping(skeleton) if isinstance(t, WeightRenaming)]
+    return rename_source_key(key, renamings, [], skeleton.base_model_prefix, expected)[0]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is inside an artifact, as `inspect` prints it."""
+
+    folder: str
+    shared_class: str
+    experts: list[dict]
+    labels: list[str]
+    router: dict
+    storage: dict
+    rank: dict
+    provenance: dict
+
+
+def inspect_artifact(folder: Path) -> Inspection:
+    """Read what is inside an artifact without loading its weights. Raises `TwinMergingError` as `read_config`."""
+    config = read_config(folder)
+    sizes = storage(folder, config)
+    per_expert = list(zip(*config.ranks.values(), strict=True)) if config.ranks else [() for _ in config.experts]
+    return Inspection(
+        folder=str(folder),
+        shared_class=config.shared_class,
+        experts=config.experts,
+        labels=config.label_names,
+        router={
+            "type": config.router_type,
+            "pass": config.router_pass,
+            "layer": config.router_layer,
+            "temperature": config.router_temperature,
+            "top_k": config.router_top_k,
+        },
+        storage={**sizes.__dict__, "total": sizes.total, "ratio": round(sizes.ratio, 4)},
+        rank={e["name"]: max(ranks, default=0) for e, ranks in zip(config.experts, per_expert, strict=True)},
+        provenance=config.provenance,
+    )
+
+
+def factor_keys(name: str) -> tuple[str, str]:
+    """State-dict keys of a factored parameter's `up` and `down`."""
+    return f"deltas.{delta_key(name)}.up", f"deltas.{delta_key(name)}.down"
+
+
+def exact_key(name: str) -> str:
+    """State-dict key of a vector's exact deltas."""
+    return f"deltas.{delta_key(name)}.delta"

@@ -1,0 +1,375 @@
+"""From a recipe to an artifact: the order of the steps, and no mathematics."""
+
+import copy
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from twin_merging_hf import modeling
+from twin_merging_hf.hub_upload.model_card import write_card
+from twin_merging_hf.modeling import TwinMergingConfig
+from twin_merging_hf.modeling.deltas_twin_merging import is_vector
+from twin_merging_hf.modeling.modeling_twin_merging import AUTO_MAP, find_shared_class
+from twin_merging_hf.modeling.routing_twin_merging import ProjectionRouter
+
+from ._version import __version__
+from .artifact import LAYOUT, Storage, check_artifact, refuse_existing, staged, storage, write_json
+from .checkpoints import Checkpoint
+from .data import row_key
+from .errors import TwinMergingError
+from .inference import run_over
+from .pictures import draw_confusion
+from .preflight import Inputs, preflight
+from .probe import probe, random_inputs
+from .recipe import Recipe, load_recipe
+from .router_training import RouterData, RouterReport, fit_projection, router_report, subspace, train_router
+from .separation import Separation, delta_from_base, factor_dtype, matrix_shape, model_dtype, separate
+from .verdict import Verdict, reach_verdict
+
+
+_RANDOM_ROWS = 64
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What a build made: the folder, the artifact's report (as in report.json) and the verdict."""
+
+    folder: Path
+    report: dict
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a build would do: router, tensors, bytes. Made by a dry run after every check has passed."""
+
+    experts: list[dict]
+    labels: list[str]
+    router_type: str
+    shared_bytes: int
+    delta_bytes: int
+    notes: list[str]
+
+
+class Progress:
+    """Progress of a build on standard error: a line for each step, a bar where one takes long."""
+
+    def __init__(self, quiet: bool = False):
+        self.quiet = quiet
+
+    def say(self, message: str) -> None:
+        if not self.quiet:
+            tqdm.write(message, file=_stderr())
+
+    def bar(self, items: Iterable, description: str, total: int | None = None) -> Iterator:
+        return iter(tqdm(items, desc=description, total=total, disable=self.quiet, leave=False))
+
+    def counter(self, description: str, total: int) -> tqdm:
+        return tqdm(desc=description, total=total, disable=self.quiet, leave=False)
+
+
+def _stderr() -> Any:
+    return sys.stderr
+
+
+def plan_build(recipe: Recipe | str | Path, out: str | Path, progress: Progress | None = None) -> Plan:
+    """
+    Check everything and say what a build would do, without writing anything.
+
+    Raises:
+        TwinMergingError: lists every problem found.
+    """
+    progress = progress or Progress(quiet=True)
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    refuse_existing(Path(out))
+    inputs = preflight(recipe, progress.say)
+    try:
+        dtype, factors = model_dtype(inputs), factor_dtype(inputs)
+        shared = deltas = 0
+        for shape in inputs.experts[0].backbone.values():
+            shared += shape.numel() * dtype.itemsize
+            if is_vector(shape):
+                deltas += len(recipe.experts) * shape.numel() * dtype.itemsize
+            else:
+                m, n = matrix_shape(shape)
+                deltas += len(recipe.experts) * recipe.exclusive.rank_of(m, n) * (m + n) * factors.itemsize
+        labels = list(inputs.label_space.labels)
+        return Plan(inputs.entries, labels, _router_type(inputs), shared, deltas, inputs.notes)
+    finally:
+        inputs.close()
+
+
+def build_artifact(recipe: Recipe | str | Path, out: str | Path, progress: Progress | None = None) -> BuildResult:
+    """
+    Build one artifact from experts.
+
+    Args:
+        recipe: a `Recipe` or the path of a recipe file.
+        out: the artifact's folder; must not exist. It appears at once, when all is done.
+
+    Raises:
+        TwinMergingError: something in the inputs that the user can fix; nothing is written then.
+    """
+    progress = progress or Progress()
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    out = Path(out)
+    refuse_existing(out)
+    progress.say("checking recipe, checkpoints and data")
+    inputs = preflight(recipe, progress.say)
+    try:
+        with staged(out) as folder, _no_loading_bars():
+            report, verdict = _build_into(folder, inputs, progress)
+    finally:
+        inputs.close()
+    return BuildResult(out, report, verdict)
+
+
+def _build_into(folder: Path, inputs: Inputs, progress: Progress) -> tuple[dict, Verdict]:
+    names = progress.counter("merging and compressing", len(inputs.experts[0].backbone))
+    separation = separate(inputs, tick=lambda name: names.update())
+    names.close()
+    model = _assemble(separation, inputs)
+    router = _make_router(model, separation, inputs, progress)
+    _save(model, folder, inputs)
+    loaded = type(model).from_pretrained(folder, dtype=torch.float32).eval()
+    del model
+    progress.say("probing: a batch that mixes experts against dense models")
+    difference = probe(loaded, inputs.recipe.seed)
+    verdict = reach_verdict(loaded, inputs, router, progress.counter)
+    report = _report(folder, loaded.config, separation, inputs, router, difference, verdict)
+    write_json(folder / LAYOUT.report, report)
+    if LAYOUT.confusion in loaded.config.provenance["companions"]:
+        draw_confusion(folder / LAYOUT.confusion, inputs.recipe.names, router.confusion)  # type: ignore[union-attr]
+    loaded.config.provenance["verdict"] = asdict(verdict)
+    loaded.config.dtype = model_dtype(inputs)
+    loaded.config.save_pretrained(folder)
+    write_card(folder / LAYOUT.card, loaded.config, report, inputs.recipe.text, inputs.kind)
+    problems = check_artifact(folder)
+    if problems:
+        raise TwinMergingError("the finished artifact is not whole: " + "; ".join(problems))
+    return report, verdict
+
+
+@torch.no_grad()
+def _assemble(separation: Separation, inputs: Inputs) -> Any:
+    """Make the wrapper model and put all tensors in their places."""
+    first = inputs.experts[0]
+    shared_config = copy.deepcopy(first.config)
+    shared_config.architectures, shared_config.problem_type = None, None
+    shared_config._name_or_path = ""
+    shared_config.dtype = None
+    shared_config.num_labels = 2
+    space = inputs.label_space
+    site = _routing_site(first, inputs)
+    dtype = model_dtype(inputs)
+    config = TwinMergingConfig(
+        shared_config=shared_config,
+        shared_class=first.task_class.__name__,
+        head_modules=first.head_modules,
+        layers_path=first.layers_path,
+        experts=inputs.entries,
+        ranks=separation.ranks,
+        exact_deltas=separation.exact,
+        factor_dtype=str(factor_dtype(inputs)).removeprefix("torch."),
+        id2label=dict(enumerate(space.labels)),
+        label2id={label: i for i, label in enumerate(space.labels)},
+        problem_type="regression" if space.kind == "value" else "single_label_classification",
+        provenance=_provenance(inputs),
+        dtype=dtype,
+        **site,
+    )
+    config.auto_map = dict(AUTO_MAP)
+    auto_class = find_shared_class(config.shared_class)[1]
+    model = getattr(modeling, AUTO_MAP[auto_class].split(".")[-1])(config).to(dtype)
+    model.router.float()
+    missing, unexpected = model.load_state_dict(separation.state, strict=False)
+    missing = [name for name in missing if not name.startswith("router.")]
+    if missing or unexpected:
+        raise RuntimeError(f"assembling: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    return model.eval()
+
+
+def _router_type(inputs: Inputs) -> str:
+    wanted = inputs.recipe.router.type
+    if wanted != "auto":
+        return wanted
+    return "linear" if inputs.rows is not None else "projection"
+
+
+def _routing_site(first: Checkpoint, inputs: Inputs) -> dict[str, Any]:
+    """Config fields that say where the routing state is read."""
+    settings, kind = inputs.recipe.router, _router_type(inputs)
+    layer = settings.layer if settings.layer is not None else first.layer_count // 2
+    fields: dict[str, Any] = {"router_layer": None if settings.router_pass == "full" else layer}
+    fields |= {"router_type": kind, "router_pass": settings.router_pass, "router_input_size": first.config.hidden_size}
+    fields["router_top_k"] = settings.top_k
+    if kind == "projection":
+        readers = readers_of_layer(first, f"{first.layers_path}.{layer}")
+        width = min(settings.rank, first.config.hidden_size)
+        # Shares of energy are no probabilities: unless told otherwise, the largest takes the row.
+        top_k = settings.top_k if settings.top_k is not None else 1
+        fields |= {"router_site": readers[0], "router_rank": width, "router_top_k": top_k}
+    return fields
+
+
+@torch.no_grad()
+def readers_of_layer(first: Checkpoint, layer: str) -> list[str]:
+    """
+    Names of the linear modules of a layer that read one and the same first state (query, key, value), found by a run.
+    """
+    model = first.task_class(first.config).eval()
+    calls: list[tuple[str, torch.Tensor]] = []
+    for name, module in model.get_submodule(layer).named_modules():
+        if type(module) in (nn.Linear, Conv1D):
+            path = f"{layer}.{name}"
+            module.register_forward_pre_hook(lambda m, args, path=path: calls.append((path, args[0])))
+    model(**random_inputs(model, 2, 0))
+    if not calls:
+        raise TwinMergingError(
+            f"{layer} has no linear module, so `projection` cannot route there; use another layer or router"
+        )
+    return [path for path, state in calls if state is calls[0][1]]
+
+
+def _make_router(model: Any, separation: Separation, inputs: Inputs, progress: Progress) -> RouterReport | None:
+    """Train or build the router in place; return its figures on held-out rows, if there are any."""
+    config, settings = model.config, inputs.recipe.router
+    if isinstance(model.router, ProjectionRouter):
+        _fit_projection(model, separation, inputs)
+        config.router_temperature = settings.temperature or 1.0
+    if inputs.rows is None:
+        return None
+    data = _router_data(model, inputs, progress)
+    if not isinstance(model.router, ProjectionRouter):
+        train_router(model.router, data, settings.epochs, settings.lr, inputs.recipe.seed, progress.say)
+    temperature = config.router_temperature if config.router_type == "projection" else settings.temperature
+    report = router_report(model.router.eval(), data, config.router_type, temperature)
+    config.router_temperature = report.temperature
+    return report
+
+
+def _fit_projection(model: Any, separation: Separation, inputs: Inputs) -> None:
+    config, recipe = model.config, inputs.recipe
+    readers = readers_of_layer(inputs.experts[0], f"{config.layers_path}.{config.router_layer}")
+    bases = []
+    for name, expert in zip(recipe.names, inputs.experts, strict=True):
+        matrices = [delta_from_base(expert, inputs.base, separation.state, f"{reader}.weight") for reader in readers]
+        bases.append(subspace(matrices, config.router_rank, f"{recipe.seed}:{name}:projection"))
+    rows = random_inputs(model.shared, _RANDOM_ROWS, recipe.seed + 1, tokens=32)
+    fit_projection(model.router, bases, lambda: model.routing_features(**rows))
+
+
+def _router_data(model: Any, inputs: Inputs, progress: Progress) -> RouterData:
+    assert inputs.rows is not None and inputs.processing is not None
+    parts: dict[str, list[torch.Tensor]] = {"train": [], "held_out": []}
+    experts: dict[str, list[int]] = {"train": [], "held_out": []}
+    step: Callable[[dict], torch.Tensor] = lambda batch: model.routing_features(**batch)  # noqa: E731
+    bar = progress.counter("router features", sum(len(r.train) + len(r.held_out) for r in inputs.rows))
+    for index, rows in enumerate(inputs.rows):
+        for part in parts:
+            chosen = getattr(rows, part)
+            parts[part].append(run_over(model, chosen, inputs.processing, step, bar.update))
+            experts[part] += [index] * len(chosen)
+    bar.close()
+    return RouterData(
+        torch.cat(parts["train"]),
+        torch.tensor(experts["train"]),
+        torch.cat(parts["held_out"]),
+        torch.tensor(experts["held_out"]),
+    )
+
+
+def _save(model: Any, folder: Path, inputs: Inputs) -> None:
+    """Write processor, recipe, weights, config and code; the list of companions goes into the config."""
+    if inputs.processing is not None:
+        inputs.processing.processor.save_pretrained(folder)
+    (folder / LAYOUT.recipe).write_text(inputs.recipe.text, encoding="utf-8")
+    companions = {path.name for path in folder.iterdir()} | {LAYOUT.report, LAYOUT.card}
+    if inputs.rows is not None and _can_draw():
+        companions.add(LAYOUT.confusion)
+    model.config.provenance["companions"] = sorted(companions)
+    model.save_pretrained(folder)
+
+
+def _can_draw() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def _provenance(inputs: Inputs) -> dict:
+    recipe = inputs.recipe
+    sources = {"base": inputs.base} if inputs.base else {}
+    if inputs.shared is not None and inputs.shared is not inputs.base:
+        sources["shared"] = inputs.shared
+    sources |= dict(zip(recipe.names, inputs.experts, strict=True))
+    return {
+        "recipe_sha256": hashlib.sha256(recipe.text.encode()).hexdigest(),
+        "seed": recipe.seed,
+        "sources": {name: {"model": c.source, "sha256": _fingerprint(c)} for name, c in sources.items()},
+        "versions": {
+            "twin-merging-hf": __version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+        },
+    }
+
+
+def _fingerprint(checkpoint: Checkpoint) -> str:
+    """SHA-256 of a checkpoint's weight files, in order of their names."""
+    digest = hashlib.sha256()
+    for file in sorted({file for file, _ in checkpoint.places.values()}):
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _report(folder, config, separation, inputs, router, difference, verdict) -> dict:
+    sizes: Storage = storage(folder, config)
+    return {
+        "experts": inputs.entries,
+        "labels": list(inputs.label_space.labels),
+        "storage": {**asdict(sizes), "total": sizes.total, "ratio": round(sizes.ratio, 4)},
+        "router": asdict(router) if router else {"type": config.router_type, "held_out_rows": 0},
+        "probe": {"largest_relative_difference": float(f"{difference:.1e}")},
+        "verdict": asdict(verdict),
+        "data": _data_report(inputs),
+        "notes": inputs.notes,
+        "tensors": separation.coverage,
+    }
+
+
+def _data_report(inputs: Inputs) -> dict:
+    """Counts and digests of the rows that the build used, so that an evaluation can refuse to score them."""
+    report = {}
+    for name, rows in zip(inputs.recipe.names, inputs.rows or [], strict=bool(inputs.rows)):
+        digests = {}
+        for part in ("train", "held_out"):
+            chosen = getattr(rows, part)
+            joined = "\n".join(sorted(row_key(row) for row in chosen)) if inputs.kind == "text" else str(len(chosen))
+            digests[part] = {"rows": len(chosen), "sha256": hashlib.sha256(joined.encode()).hexdigest()}
+        report[name] = digests
+    return report
+
+
+@contextmanager
+def _no_loading_bars() -> Iterator[None]:
+    """Hide the bars of Transformers' own loading and saving, which say nothing beside the build's."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

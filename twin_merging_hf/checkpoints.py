@@ -1,0 +1,298 @@
+"""Checkpoints, read lazily tensor by tensor: the only file that opens experts, bases and ready shared models."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from twin_merging_hf.modeling.modeling_twin_merging import find_shared_class
+
+from .errors import TwinMergingError
+
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_HUB_ID = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
+
+
+@dataclass
+class Checkpoint:
+    """
+    One model folder: its config, its task class, and where each tensor of the task model lies.
+
+    role: how messages call it, such as "expert 'sst2'" or "base model".
+    places: name in the task model -> (file, name in the file).
+    missing, extra: backbone tensors that the task class has and the files lack, and the other way round.
+    ignored: head tensors of other tasks in the files.
+    """
+
+    role: str
+    source: str
+    path: Path
+    config: PreTrainedConfig
+    task_class: type[PreTrainedModel]
+    skeleton: PreTrainedModel
+    places: dict[str, tuple[Path, str]]
+    missing: list[str]
+    extra: list[str]
+    ignored: list[str]
+    _handles: dict[Path, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def prefix(self) -> str:
+        """Name of the backbone inside the task model, such as "bert"."""
+        return self.task_class.base_model_prefix
+
+    @cached_property
+    def backbone(self) -> dict[str, torch.Size]:
+        """Shapes, as stored, of all backbone tensors that are there."""
+        return {name: self.shape(name) for name in self.places if name.startswith(f"{self.prefix}.")}
+
+    @cached_property
+    def head_modules(self) -> list[str]:
+        """Direct children with parameters outside the backbone, in order."""
+        children = self.skeleton.named_children()
+        return [name for name, child in children if name != self.prefix and any(True for _ in child.parameters())]
+
+    @cached_property
+    def layers_path(self) -> str:
+        """
+        Path, in the task model, of its list of layers: the first list of which every member is a Transformers layer.
+
+        Raises:
+            TwinMergingError: there is none.
+        """
+        for name, module in self.skeleton.named_modules():
+            is_list = isinstance(module, nn.ModuleList) and len(module) > 0
+            if is_list and all(isinstance(layer, GradientCheckpointingLayer) for layer in module):
+                return name
+        raise TwinMergingError(f"{self.task_class.__name__} has no list of layers that the router could count")
+
+    @property
+    def layer_count(self) -> int:
+        """How many layers the backbone has."""
+        return len(cast(nn.ModuleList, self.skeleton.get_submodule(self.layers_path)))
+
+    def head_tensors(self) -> list[str]:
+        """Names of the tensors outside the backbone."""
+        return [name for name in self.places if not name.startswith(f"{self.prefix}.")]
+
+    def _open(self, file: Path) -> Any:
+        if file not in self._handles:
+            self._handles[file] = safe_open(file, framework="pt")
+        return self._handles[file]
+
+    def shape(self, name: str) -> torch.Size:
+        """Shape of a tensor, without reading it."""
+        file, key = self.places[name]
+        return torch.Size(self._open(file).get_slice(key).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor as stored."""
+        return self.tensor(name).dtype
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor, as stored."""
+        file, key = self.places[name]
+        return self._open(file).get_tensor(key)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._handles.clear()
+
+    def find_not_finite(self) -> str | None:
+        """Return the name of a tensor that holds NaN or infinity, or None. Reads every tensor once."""
+        for name in self.places:
+            tensor = self.tensor(name)
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                return name
+        return None
+
+
+def resolve(source: str, folder: Path, role: str) -> Path:
+    """
+    Return the local folder of a source: a folder (relative to `folder`), or a Hub id with an optional `@revision`.
+
+    Raises:
+        TwinMergingError: there is no such folder, and no such repository can be had from the Hub.
+    """
+    local = Path(source).expanduser() if Path(source).expanduser().is_absolute() else folder / source
+    if local.is_dir():
+        return local
+    repo_id, _, revision = source.partition("@")
+    if not _HUB_ID.fullmatch(repo_id) or repo_id in (".", "..") or source.startswith((".", "/", "~")):
+        raise TwinMergingError(f"{role}: {local} is not a folder")
+    try:
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=patterns))
+    except Exception as error:
+        raise TwinMergingError(
+            f"{role}: {source!r} is neither a folder ({local} does not exist) nor available from the Hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
+
+
+def open_checkpoint(source: str, folder: Path, role: str, like: Checkpoint | None = None) -> Checkpoint:
+    """
+    Open a checkpoint without reading its weights.
+
+    Args:
+        like: open it as this checkpoint's task class (for a base model, whose own head does not matter).
+
+    Raises:
+        TwinMergingError: no config, no safetensors, a damaged file, or a class that is not Transformers' own.
+    """
+    path = resolve(source, folder, role)
+    config = _load_config(path, role)
+    if like is not None:
+        if config.model_type != like.config.model_type:
+            raise TwinMergingError(
+                f"{role} is a {config.model_type} model, but {like.role} is a {like.config.model_type} model; "
+                "all must be of one architecture"
+            )
+        task_class = like.task_class
+        config = _with_labels(config, like.config)
+    else:
+        task_class = _task_class(config, role)
+    with torch.device("meta"):
+        skeleton = task_class(config)
+    files = _weight_files(path, role)
+    places, missing, extra, ignored = _locate(skeleton, files, role)
+    if like is not None:
+        known = _own_tensors(_load_config(path, role), like)
+        ignored = sorted(set(ignored) | {name for name in extra if name in known})
+        extra = [name for name in extra if name not in known]
+        heads = [name for name in places if not name.startswith(f"{task_class.base_model_prefix}.")]
+        ignored += [name for name in heads if name not in ignored]
+        places = {name: place for name, place in places.items() if name not in heads}
+        missing = [name for name in missing if name.startswith(f"{task_class.base_model_prefix}.")]
+    return Checkpoint(role, source, path, config, task_class, skeleton, places, missing, extra, ignored)
+
+
+def _load_config(path: Path, role: str) -> PreTrainedConfig:
+    if not (path / "config.json").is_file():
+        lora = " (it looks like a PEFT adapter, which this version cannot build from)"
+        hint = lora if (path / "adapter_config.json").is_file() else ""
+        raise TwinMergingError(f"{role}: {path} has no config.json{hint}")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:
+        raise TwinMergingError(
+            f"{role}: {path / 'config.json'} cannot be read as a Transformers config: {error}"
+        ) from error
+
+
+def _task_class(config: PreTrainedConfig, role: str) -> type[PreTrainedModel]:
+    names = config.architectures or []
+    if len(names) != 1:
+        raise TwinMergingError(f"{role}: config.json must name one architecture, got {names!r}")
+    try:
+        return find_shared_class(names[0])[0]
+    except ValueError as error:
+        raise TwinMergingError(
+            f"{role} is a {names[0]}; experts must be checkpoints of one of Transformers' own sequence or image "
+            "classification classes (load it with AutoModelForSequenceClassification and save it again, if it has a head)"
+        ) from error
+
+
+def _with_labels(config: PreTrainedConfig, other: PreTrainedConfig) -> PreTrainedConfig:
+    config.num_labels = other.num_labels or 2
+    return config
+
+
+def _weight_files(path: Path, role: str) -> dict[str, Path]:
+    """Map each tensor name in the files to its file."""
+    try:
+        if (path / _INDEX).is_file():
+            weight_map = json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+            shards = sorted(set(weight_map.values()))
+            for shard in shards:
+                if Path(shard).name != shard or not (path / shard).is_file():
+                    raise TwinMergingError(f"{role}: {path / _INDEX} names {shard!r}, which is not a file beside it")
+        elif (path / _WEIGHTS).is_file():
+            shards = [_WEIGHTS]
+        else:
+            found = [name for name in _PICKLES if (path / name).is_file()]
+            remedy = (
+                f"only {found[0]}, a pickle, is there; pickles can run code, so load it once where you trust it and "
+                "call `save_pretrained` to get safetensors"
+                if found
+                else "no weights are there"
+            )
+            raise TwinMergingError(f"{role}: {path} has no {_WEIGHTS}: {remedy}")
+        located: dict[str, Path] = {}
+        for shard in shards:
+            with safe_open(path / shard, framework="pt") as handle:
+                located.update(dict.fromkeys(handle.keys(), path / shard))
+        return located
+    except (
+        SafetensorError,
+        OSError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        UnicodeDecodeError,
+        json.JSONDecodeError,
+    ) as error:
+        raise TwinMergingError(f"{role}: the weights in {path} are damaged: {type(error).__name__}: {error}") from error
+
+
+def _locate(skeleton: PreTrainedModel, files: dict[str, Path], role: str) -> tuple[dict, list, list, list]:
+    """
+    Find each tensor of the task model in the files, by Transformers' own renaming rules.
+
+    Returns:
+        places, missing names, extra backbone names, extra head names.
+    """
+    expected = skeleton.state_dict()
+    prefix = skeleton.base_model_prefix
+    transforms = get_model_conversion_mapping(skeleton)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    buffers = {name for name, _ in skeleton.named_buffers()} - set(expected)
+    places, extra, ignored = {}, [], []
+    for key in sorted(files, key=dot_natural_key):
+        name, converted = rename_source_key(key, renamings, converters, prefix, expected)
+        if converted is not None:
+            raise TwinMergingError(
+                f"{role}: tensor {key!r} is stored in another form than {type(skeleton).__name__} uses; "
+                "load and save the checkpoint once with this version of Transformers (save_original_format=False)"
+            )
+        if name in expected:
+            places[name] = (files[key], key)
+        elif name in buffers or f"{prefix}.{name}" in buffers:
+            continue  # old checkpoints carry tables such as position_ids that models now compute
+        elif name.startswith(f"{prefix}.") or not any(k.startswith(f"{prefix}.") for k in files):
+            extra.append(name)
+        else:
+            ignored.append(name)
+    missing = [name for name in expected if name not in places and name not in skeleton.all_tied_weights_keys]
+    return places, missing, extra, ignored
+
+
+def _own_tensors(config: PreTrainedConfig, like: Checkpoint) -> set[str]:
+    """Names that a base checkpoint's own class would hold, as seen from the experts' class: not errors, just unused."""
+    import transformers
+
+    names: set[str] = set()
+    base_class = type(like.skeleton.base_model)
+    for class_name in [*(config.architectures or []), base_class.__name__]:
+        own_class = getattr(transformers, class_name, None)
+        if not (isinstance(own_class, type) and issubclass(own_class, PreTrainedModel)):
+            continue
+        with torch.device("meta"):
+            own = set(own_class(config).state_dict())
+        names |= own | {f"{like.prefix}.{name}" for name in own}
+    return names

@@ -1,0 +1,194 @@
+"""The `twin-merging` command. The only module that prints."""
+
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ._version import __version__
+from .errors import TwinMergingError
+
+
+app = typer.Typer(
+    name="twin-merging",
+    help="Merge fine-tuned experts of one model into one artifact that routes every row by itself.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """Turn what a user can fix into one message and exit code 2, and an interruption into code 130."""
+    try:
+        yield
+    except TwinMergingError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        typer.echo("interrupted; nothing was written", err=True)
+        raise typer.Exit(130) from error
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"twin-merging-hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    # A terminated build cleans up as an interrupted one does.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+
+
+@app.command()
+def init(
+    models: Annotated[list[str], typer.Argument(help="Checkpoints: folders or Hub ids (id@revision).")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Recipe file to write.")] = Path("recipe.yaml"),
+    base: Annotated[str | None, typer.Option(help="The base model that the experts were fine-tuned from.")] = None,
+) -> None:
+    """Look at checkpoints, say which fit together and why not, and write a starter recipe."""
+    from .starter import describe_look, look_at, starter_recipe
+
+    with _errors():
+        if output.exists():
+            raise TwinMergingError(f"{output} exists already; choose another file with -o")
+        looks = look_at(models, base, Path("."))
+        for look in looks:
+            for line in describe_look(look):
+                typer.echo(line)
+        text = starter_recipe(looks, output.parent)
+        output.write_text(text, encoding="utf-8")
+        typer.echo(f"\nwrote {output}\nnext: twin-merging build {output} ARTIFACT --dry-run")
+        if any(look.misfits for look in looks):
+            raise typer.Exit(1)
+
+
+@app.command()
+def build(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
+    out: Annotated[Path, typer.Argument(help="Folder of the artifact; must not exist.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Build one artifact from the experts of a recipe."""
+    from .builder import Progress, build_artifact, plan_build
+    from .verdict import describe
+
+    with _errors():
+        progress = Progress(quiet)
+        if dry_run:
+            _print_plan(plan_build(recipe, out, progress), recipe, out)
+            return
+        result = build_artifact(recipe, out, progress)
+        size = result.report["storage"]
+        typer.echo("\nVerdict")
+        for line in describe(result.verdict):
+            typer.echo(f"  {line}")
+        typer.echo(
+            f"  {size['total'] / 1e6:.2f} MB: {size['ratio']:.2f} times the shared backbone alone "
+            f"(deltas {size['deltas'] / 1e6:.2f} MB, heads {size['heads'] / 1e6:.2f} MB, router {size['router'] / 1e6:.2f} MB)"
+        )
+        for note in result.report["notes"]:
+            typer.echo(f"  note: {note}")
+        typer.echo(f"\nwrote {out}\nnext: twin-merging check {out}")
+
+
+def _print_plan(plan, recipe: Path, out: Path) -> None:
+    for expert in plan.experts:
+        labels = "regression" if expert["problem_type"] == "regression" else f"{len(expert['labels'])} labels"
+        typer.echo(f"expert {expert['name']}: {expert['source']}, {labels}")
+    shown = ", ".join(plan.labels[:8]) + (", ..." if len(plan.labels) > 8 else "")
+    typer.echo(f"labels of the artifact ({len(plan.labels)}): {shown}")
+    typer.echo(f"router: {plan.router_type}")
+    ratio = 1 + plan.delta_bytes / plan.shared_bytes
+    typer.echo(
+        f"size: shared {plan.shared_bytes / 1e6:.2f} MB + deltas at most {plan.delta_bytes / 1e6:.2f} MB = {ratio:.2f} times "
+        "the shared backbone, heads and router not counted"
+    )
+    for note in plan.notes:
+        typer.echo(f"note: {note}")
+    typer.echo(f"\nall checks passed; nothing was written\nnext: twin-merging build {recipe} {out}")
+
+
+@app.command()
+def check(artifact: Annotated[Path, typer.Argument(help="Folder of an artifact.")]) -> None:
+    """Tell whether an artifact is whole: config, tensors, model code, companion files."""
+    from .artifact import check_artifact
+
+    with _errors():
+        problems = check_artifact(artifact)
+        for problem in problems:
+            typer.echo(f"problem: {problem}", err=True)
+        if problems:
+            raise typer.Exit(1)
+        typer.echo(f"{artifact} is whole\nnext: {_USE.format(artifact=artifact)}")
+
+
+_USE = (
+    "in Python:\n"
+    "  import twin_merging_hf\n"
+    "  from transformers import pipeline\n"
+    '  pipe = pipeline("text-classification", model="{artifact}")  # or "image-classification"'
+)
+
+
+@app.command()
+def inspect(
+    artifact: Annotated[Path, typer.Argument(help="Folder of an artifact.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what is inside an artifact: experts, labels, router, bytes."""
+    from .artifact import inspect_artifact
+
+    with _errors():
+        found = inspect_artifact(artifact)
+        if as_json:
+            typer.echo(json.dumps(asdict(found), indent=2, ensure_ascii=False))
+            return
+        typer.echo(f"{found.folder}: {found.shared_class}, {len(found.experts)} experts, {len(found.labels)} labels")
+        for expert in found.experts:
+            kind = "regression" if expert["problem_type"] == "regression" else ", ".join(expert["labels"][:8])
+            typer.echo(
+                f"  {expert['name']}: {kind} (rank {found.rank[expert['name']]}, from {expert.get('source', '?')})"
+            )
+        router = ", ".join(f"{key} {value}" for key, value in found.router.items() if value is not None)
+        typer.echo(f"router: {router}")
+        size = found.storage
+        parts = ", ".join(f"{part} {size[part] / 1e6:.2f} MB" for part in ("shared", "deltas", "heads", "router"))
+        typer.echo(f"size: {size['total'] / 1e6:.2f} MB ({parts}), {size['ratio']} times the shared backbone")
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Folder for everything the demo makes; must not exist.")] = Path(
+        "twin-merging-demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of data splits, training and router.")] = 0,
+) -> None:
+    """The whole story in three minutes, on handwritten digits: no download, no GPU."""
+    from .demo.story import tell
+
+    with _errors():
+        tell(folder, seed, typer.echo)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Labelled rows for routers and scores: JSONL files, checked line by line, and seeded splits."""
+
+import json
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import TwinMergingError
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """
+    Rows of one expert's task; each has `text` (and `text_pair`) or `image`, and `label`: the expert's own label id
+    (int) or a number (float, regression).
+
+    train: rows for the router. held_out: rows that no training saw, for temperature, agreement and verdict.
+    """
+
+    train: list[dict]
+    held_out: list[dict]
+
+
+def read_rows(path: Path, kind: str, labels: list[str], regression: bool) -> list[dict]:
+    """
+    Read and check a JSONL file.
+
+    Args:
+        kind: `text` or `image`.
+        labels: the expert's label names, in id order.
+
+    Raises:
+        TwinMergingError: the file is missing, empty or holds a malformed row (named by its line number).
+    """
+    if not path.is_file():
+        raise TwinMergingError(f"data file {path} does not exist")
+    rows = []
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    rows.append(_row(line, f"{path}, line {number}", kind, labels, regression, path.parent))
+    except UnicodeDecodeError as error:
+        raise TwinMergingError(f"{path}: not UTF-8 text ({error})") from error
+    if not rows:
+        raise TwinMergingError(f"{path} has no rows")
+    return rows
+
+
+def _row(line: str, where: str, kind: str, labels: list[str], regression: bool, folder: Path) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise TwinMergingError(f"{where}: not valid JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise TwinMergingError(f'{where}: expected an object such as {{"{kind}": ..., "label": ...}}, got {row!r}')
+    if not isinstance(row.get(kind), str) or (kind == "text" and not row[kind].strip()):
+        raise TwinMergingError(f"{where}: `{kind}` must be a non-empty string, got {row.get(kind)!r}")
+    known = {"text", "text_pair", "label"} if kind == "text" else {"image", "label"}
+    unknown = set(row) - known
+    if unknown:
+        raise TwinMergingError(f"{where}: unknown key {sorted(unknown)[0]!r} (known: {', '.join(sorted(known))})")
+    checked = {"label": _label(row, where, labels, regression)}
+    if kind == "text":
+        checked["text"] = row["text"]
+        if row.get("text_pair") is not None:
+            if not isinstance(row["text_pair"], str):
+                raise TwinMergingError(f"{where}: `text_pair` must be a string, got {row['text_pair']!r}")
+            checked["text_pair"] = row["text_pair"]
+        return checked
+    image = folder / row["image"]
+    if not image.is_file():
+        raise TwinMergingError(f"{where}: image {image} does not exist")
+    checked["image"] = image
+    return checked
+
+
+def _label(row: dict, where: str, labels: list[str], regression: bool) -> Any:
+    if "label" not in row:
+        raise TwinMergingError(f"{where}: `label` is missing")
+    label = row["label"]
+    if regression:
+        if isinstance(label, bool) or not isinstance(label, (int, float)) or not math.isfinite(label):
+            raise TwinMergingError(f"{where}: a regression row's `label` must be a finite number, got {label!r}")
+        return float(label)
+    if isinstance(label, str) and label in labels:
+        return labels.index(label)
+    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(labels):
+        return label
+    raise TwinMergingError(
+        f"{where}: label {label!r} is none of this expert's labels ({', '.join(labels[:20])}) nor an id from 0 to "
+        f"{len(labels) - 1}"
+    )
+
+
+def row_key(row: dict) -> str:
+    """What makes a row the same input as another: its text or image, not its label."""
+    return json.dumps([str(row.get(key)) for key in ("text", "text_pair", "image")])
+
+
+def split_rows(train: list[dict], validation: list[dict] | None, limit: int, seed: int, name: str) -> ExpertRows:
+    """
+    Choose router training rows and held-out rows; equal inputs never fall on both sides.
+
+    Args:
+        validation: held-out rows, if the user gave some; else a fifth of `train` is held out.
+        limit: at most this many training rows (and half as many held-out ones).
+
+    Raises:
+        TwinMergingError: too few different rows to train and to hold out.
+    """
+    unique = list({row_key(row): row for row in train}.values())
+    random.Random(f"{seed}:{name}").shuffle(unique)
+    if validation is None:
+        count = max(1, min(len(unique) // 5, limit // 2))
+        held_out, rest = unique[:count], unique[count:]
+    else:
+        held_out = list({row_key(row): row for row in validation}.values())
+        random.Random(f"{seed}:{name}:held-out").shuffle(held_out)
+        held_out = held_out[: max(1, limit // 2)]
+        seen = {row_key(row) for row in held_out}
+        rest = [row for row in unique if row_key(row) not in seen]
+    if len(rest) < 2 or not held_out:
+        raise TwinMergingError(
+            f"expert {name!r}: its data has {len(unique)} different training rows; at least 2 are needed besides 1 held out"
+        )
+    return ExpertRows(train=rest[:limit], held_out=held_out)

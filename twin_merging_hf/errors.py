@@ -1,0 +1,28 @@
+"""The one error type for everything a user can fix, and the door to optional packages."""
+
+import importlib
+from types import ModuleType
+
+
+class TwinMergingError(ValueError):
+    """Something in recipe, checkpoints, data or artifact that the user can fix. Says found, expected, remedy."""
+
+
+_PIP_NAMES = {"sklearn": "scikit-learn", "PIL": "pillow"}
+
+
+def require_extra(module: str, extra: str) -> ModuleType:
+    """
+    Import an optional package.
+
+    Raises:
+        TwinMergingError: it is not installed; the message names the pip command.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise TwinMergingError(
+            f"this needs {_PIP_NAMES.get(package, package)}, which is not installed; "
+            f"run `pip install 'twin-merging-hf[{extra}]'`"
+        ) from error

@@ -1,0 +1,54 @@
+"""Pictures that people would rather see than read. Drawn with matplotlib, an extra."""
+
+from pathlib import Path
+from typing import Any
+
+from .errors import require_extra
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    matplotlib = require_extra("matplotlib", "plot")
+    matplotlib.use("Agg")
+    pyplot = require_extra("matplotlib.pyplot", "plot")
+    return pyplot.subplots(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> None:
+    # No dates or versions in the file, so that the same build gives the same bytes.
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    require_extra("matplotlib.pyplot", "plot").close(figure)
+
+
+def draw_confusion(
+    path: Path, names: list[str], confusion: list[list[int]], title: str = "Router, held-out rows"
+) -> None:
+    """Draw a router's confusion: rows are the experts that rows belong to, columns those chosen; shares of each row."""
+    size = 2.2 + 0.7 * len(names)
+    figure, axes = _figure(size + 0.8, size)
+    shares = [[count / max(1, sum(row)) for count in row] for row in confusion]
+    axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("chosen expert")
+    axes.set_ylabel("expert the row belongs to")
+    axes.set_title(title)
+    for i, row in enumerate(confusion):
+        for j, count in enumerate(row):
+            axes.text(j, i, str(count), ha="center", va="center", color="white" if shares[i][j] > 0.5 else "black")
+    _save(figure, path)
+
+
+def draw_scores(path: Path, rows: list[tuple[str, dict[str, float]]], title: str) -> None:
+    """Draw a table of scores as grouped bars: for each (method, score by task)."""
+    tasks = list(rows[0][1])
+    figure, axes = _figure(1.6 + 1.1 * len(rows), 4)
+    width = 0.8 / len(tasks)
+    for index, task in enumerate(tasks):
+        positions = [i + (index - (len(tasks) - 1) / 2) * width for i in range(len(rows))]
+        axes.bar(positions, [scores[task] for _, scores in rows], width=width, label=task)
+    axes.set_xticks(range(len(rows)), [name for name, _ in rows], rotation=15, ha="right")
+    axes.set_ylabel("accuracy")
+    axes.set_ylim(0, 1)
+    axes.set_title(title)
+    axes.legend(ncols=len(tasks), loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False)
+    _save(figure, path)

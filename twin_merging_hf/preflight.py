@@ -1,0 +1,284 @@
+"""Everything that can be wrong with a build's inputs, found at once and before any work."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from twin_merging_hf.modeling.deltas_twin_merging import delta_rule, parameter_owners
+from twin_merging_hf.modeling.heads_twin_merging import LabelSpace
+
+from .checkpoints import Checkpoint, open_checkpoint
+from .data import ExpertRows, read_rows, split_rows
+from .errors import TwinMergingError
+from .processing import Processing, differing_parts, load_processing
+from .recipe import BASE, ExpertSpec, Recipe
+
+
+_NOT_FUNCTION = {
+    "architectures", "auto_map", "id2label", "label2id", "num_labels", "problem_type", "_name_or_path", "dtype",
+    "torch_dtype", "transformers_version", "finetuning_task", "use_cache", "gradient_checkpointing", "output_attentions",
+    "output_hidden_states", "return_dict", "_attn_implementation_autoset", "initializer_range", "initializer_factor",
+}  # fmt: skip
+_KIND_OF_INPUT = {"input_ids": "text", "pixel_values": "image"}
+
+
+@dataclass
+class Inputs:
+    """All that a build works on, checked: checkpoints that fit together, label space, data, processing."""
+
+    recipe: Recipe
+    experts: list[Checkpoint]
+    base: Checkpoint | None
+    shared: Checkpoint | None
+    """A ready shared model, if the recipe names one."""
+    entries: list[dict]
+    """Config entries of the experts: name, labels, problem_type, source."""
+    processing: Processing | None
+    rows: list[ExpertRows] | None
+    """Rows of each expert, if all have data."""
+    notes: list[str]
+
+    @property
+    def kind(self) -> str:
+        """`text` or `image`."""
+        return input_kind(self.experts[0])
+
+    @property
+    def label_space(self) -> LabelSpace:
+        return LabelSpace.of(self.entries)
+
+    def close(self) -> None:
+        """Close all checkpoint files."""
+        for checkpoint in [*self.experts, self.base, self.shared]:
+            if checkpoint is not None:
+                checkpoint.close()
+
+
+def input_kind(checkpoint: Checkpoint) -> str:
+    """`text` or `image`, by what the model's main input is."""
+    return _KIND_OF_INPUT.get(checkpoint.skeleton.main_input_name, checkpoint.skeleton.main_input_name)
+
+
+def preflight(recipe: Recipe, report: Callable[[str], None] = lambda message: None) -> Inputs:
+    """
+    Open and compare everything that a recipe names.
+
+    Raises:
+        TwinMergingError: lists every problem found.
+    """
+    problems: list[str] = []
+    notes: list[str] = []
+    experts, base, shared = _open_all(recipe, problems)
+    first = experts[0]
+    backbones = [*experts, *(checkpoint for checkpoint in (base, shared) if checkpoint is not None)]
+    for checkpoint in backbones:
+        problems += compare_backbones(checkpoint, first)
+        if checkpoint not in experts:
+            notes += [f"{checkpoint.role}: ignored head tensor {name}" for name in checkpoint.ignored]
+    _attempt(problems, _check_router_layer, recipe, first)
+    entries = [_attempt(problems, _entry, *pair) for pair in zip(experts, recipe.experts, strict=True)]
+    processing = _attempt(problems, _common_processing, backbones, recipe, problems, notes)
+    rows = None
+    if None not in entries:
+        rows = _attempt(problems, _rows, recipe, entries, input_kind(first), processing)
+        notes += _label_notes(entries)
+    _raise(problems)
+    for checkpoint in backbones:
+        report(f"checking that {checkpoint.role} holds no NaN or infinity")
+        bad = checkpoint.find_not_finite()
+        if bad is not None:
+            problems.append(f"{checkpoint.role}: tensor {bad!r} holds NaN or infinity; train or save it again")
+    _raise(problems)
+    ready = base if recipe.shared_model == BASE else shared
+    return Inputs(recipe, experts, base, ready, entries, processing, rows, notes)
+
+
+def _open_all(recipe: Recipe, problems: list[str]) -> tuple[list[Checkpoint], Checkpoint | None, Checkpoint | None]:
+    """Open the experts, the base model and the ready shared model; raise if that fails or their classes differ."""
+    opened = [_attempt(problems, open_checkpoint, e.model, recipe.folder, f"expert {e.name!r}") for e in recipe.experts]
+    _raise(problems)
+    experts: list[Checkpoint] = opened
+    first = experts[0]
+    others: list[Checkpoint | None] = []
+    for role, source in (("base model", recipe.base_model), ("shared model", recipe.shared_model)):
+        wanted = source is not None and not (role == "shared model" and source == BASE)
+        others.append(_attempt(problems, open_checkpoint, source, recipe.folder, role, first) if wanted else None)
+    for checkpoint in experts[1:]:
+        if checkpoint.task_class is not first.task_class:
+            problems.append(
+                f"{checkpoint.role} is a {checkpoint.task_class.__name__}, but {first.role} is a "
+                f"{first.task_class.__name__}; all experts must be of one class"
+            )
+    _raise(problems)
+    return experts, others[0], others[1]
+
+
+def _attempt(problems: list[str], action: Callable, *args: Any) -> Any:
+    """Call `action`; what a user can fix becomes a problem in the list instead of an end."""
+    try:
+        return action(*args)
+    except TwinMergingError as error:
+        problems.append(str(error))
+        return None
+
+
+def _raise(problems: list[str]) -> None:
+    if len(problems) == 1:
+        raise TwinMergingError(problems[0])
+    if problems:
+        raise TwinMergingError(f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def _check_router_layer(recipe: Recipe, first: Checkpoint) -> None:
+    layer = recipe.router.layer
+    if layer is not None and recipe.router.router_pass == "full":
+        raise TwinMergingError("`router.layer` has no meaning with `pass: full`, which reads the last state")
+    if layer is not None and layer >= first.layer_count:
+        raise TwinMergingError(f"`router.layer` is {layer}, but the model has layers 0 to {first.layer_count - 1}")
+
+
+def compare_backbones(checkpoint: Checkpoint, first: Checkpoint) -> list[str]:
+    """Reasons why a checkpoint's backbone cannot be merged with the first's; empty if it can."""
+    problems = []
+    is_expert = checkpoint.role.startswith("expert")
+    extra = [*checkpoint.extra, *(checkpoint.ignored if is_expert else [])]
+    if checkpoint.missing:
+        problems.append(
+            f"{checkpoint.role}: {_some(checkpoint.missing)} missing in the files; save the whole model again"
+        )
+    if extra:
+        problems.append(
+            f"{checkpoint.role}: the files hold {_some(extra)}, which a {checkpoint.task_class.__name__} does not have"
+        )
+    for name, shape in checkpoint.backbone.items():
+        other = first.backbone.get(name)
+        if other is not None and other != shape:
+            remedy = "; the vocabularies differ" if "embed" in name else ""
+            problems.append(
+                f"{checkpoint.role}: tensor {name!r} is {list(shape)}, but {list(other)} in {first.role}{remedy}; "
+                "all must be fine-tuned from one base model"
+            )
+    if not problems and checkpoint is not first:
+        problems += _compare_configs(checkpoint, first)
+    return problems
+
+
+def _compare_configs(checkpoint: Checkpoint, first: Checkpoint) -> list[str]:
+    mine, others = checkpoint.config.to_dict(), first.config.to_dict()
+    differing = [
+        key
+        for key in sorted({*mine, *others})
+        if key not in _NOT_FUNCTION and "dropout" not in key and mine.get(key) != others.get(key)
+    ]
+    return [
+        f"{checkpoint.role}: config field {key!r} is {mine.get(key)!r}, but {others.get(key)!r} in {first.role}; "
+        "the models would compute different functions"
+        for key in differing
+    ]
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    listed = ", ".join(repr(name) for name in sorted(names)[:most])
+    return f"{'tensor' if len(names) == 1 else f'{len(names)} tensors:'} {listed}{', ...' if len(names) > most else ''}"
+
+
+def _entry(checkpoint: Checkpoint, expert: ExpertSpec) -> dict:
+    config = checkpoint.config
+    labels = [str(label) for _, label in sorted((config.id2label or {}).items())]  # type: ignore[type-var]
+    if expert.labels is not None:
+        if len(expert.labels) != len(labels):
+            raise TwinMergingError(
+                f"{checkpoint.role}: the recipe gives {len(expert.labels)} `labels`, but its head has {len(labels)}"
+            )
+        labels = list(expert.labels)
+    problem_type = config.problem_type or ("regression" if len(labels) == 1 else "single_label_classification")
+    if problem_type == "multi_label_classification":
+        raise TwinMergingError(
+            f"{checkpoint.role} is a multi-label classifier; its sigmoids are no distribution over labels, so it cannot "
+            "share one label space with other experts. Not supported"
+        )
+    if problem_type == "regression" and len(labels) != 1:
+        raise TwinMergingError(f"{checkpoint.role} is a regression with {len(labels)} outputs; only one is supported")
+    if len(set(labels)) != len(labels):
+        raise TwinMergingError(
+            f"{checkpoint.role}: two labels have one name ({labels}); give others by `labels` in the recipe"
+        )
+    return {"name": expert.name, "labels": labels, "problem_type": problem_type, "source": expert.model}
+
+
+def _label_notes(entries: list[dict]) -> list[str]:
+    return [
+        f"expert {entry['name']!r} has only automatic label names ({entry['labels'][0]}, ...); `labels` in the recipe "
+        "gives it readable ones"
+        for entry in entries
+        if entry["problem_type"] != "regression" and entry["labels"][0] == "LABEL_0"
+    ]
+
+
+def _common_processing(
+    backbones: list[Checkpoint], recipe: Recipe, problems: list[str], notes: list[str]
+) -> Processing | None:
+    kind = input_kind(backbones[0])
+    if kind not in ("text", "image"):
+        raise TwinMergingError(f"models whose main input is {kind!r} are not supported (only text and images)")
+    loaded = []
+    for checkpoint in backbones:
+        processing = load_processing(checkpoint.path, kind, checkpoint.role, recipe.trust_remote_code)
+        if processing is not None:
+            loaded.append((checkpoint, processing))
+    what = "tokenizer" if kind == "text" else "image processor"
+    if not loaded:
+        notes.append(f"no checkpoint has a {what}, so the artifact has none; pipelines need one")
+        return None
+    first, common = loaded[0]
+    for checkpoint, processing in loaded[1:]:
+        is_expert = checkpoint.role.startswith("expert")
+        # A base may carry an older file of the same tokenizer; its vocabulary still has to be the experts'.
+        parts = differing_parts(
+            processing, common, None if is_expert else ("vocabulary", "size", "image_mean", "image_std")
+        )
+        if parts:
+            problems.append(f"{checkpoint.role}: its {what} differs from that of {first.role} in {', '.join(parts)}")
+    return common
+
+
+def _rows(recipe: Recipe, entries: list[dict], kind: str, processing: Processing | None) -> list[ExpertRows] | None:
+    with_data = [expert for expert in recipe.experts if expert.data is not None]
+    if not with_data:
+        return None
+    problems: list[str] = []
+    rows = []
+    for expert, entry in zip(recipe.experts, entries, strict=True):
+        if expert.data is not None:
+            rows.append(_attempt(problems, _expert_rows, expert, entry, kind, recipe))
+    if processing is None:
+        problems.append("`data` is given, but no checkpoint has a tokenizer or image processor to read it with")
+    if problems:
+        raise TwinMergingError("\n".join(problems))
+    return rows if len(with_data) == len(recipe.experts) else None
+
+
+def _expert_rows(expert: ExpertSpec, entry: dict, kind: str, recipe: Recipe) -> ExpertRows:
+    assert expert.data is not None
+    regression = entry["problem_type"] == "regression"
+    try:
+        train = read_rows(expert.data.train, kind, entry["labels"], regression)
+        validation = (
+            read_rows(expert.data.validation, kind, entry["labels"], regression) if expert.data.validation else None
+        )
+    except TwinMergingError as error:
+        raise TwinMergingError(f"expert {expert.name!r}: {error}") from error
+    return split_rows(train, validation, recipe.router.rows, recipe.seed, expert.name)
+
+
+def uncovered(checkpoint: Checkpoint, names: list[str]) -> list[str]:
+    """Names of backbone tensors whose deltas no rule can apply per row."""
+    owners = parameter_owners(checkpoint.skeleton)
+    found = []
+    for name in names:
+        holders, parameter = owners.get(name, ([], torch.empty(0)))
+        if not holders or any(delta_rule(owner, attribute, parameter) is None for owner, attribute in holders):
+            found.append(name)
+    return found

@@ -1,0 +1,115 @@
+"""Tokenizers and image processors of checkpoints: loaded, compared, and run on rows of data."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature
+from transformers.image_utils import load_image
+from transformers.utils import logging as transformers_logging
+
+from .errors import TwinMergingError, require_extra
+
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "tokenizer.model",
+)
+_IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+_NOT_BEHAVIOUR = {
+    "image_processor_type",
+    "processor_class",
+    "_processor_class",
+    "feature_extractor_type",
+    "_name_or_path",
+}
+_MAX_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Processing:
+    """What turns rows into model inputs: a tokenizer or an image processor, as loaded by its Auto class."""
+
+    kind: str
+    """`text` or `image`."""
+    processor: Any
+
+    def signature(self) -> dict[str, Any]:
+        """Everything about the processor that changes its output, part by part, for comparison."""
+        if self.kind == "image":
+            return {key: value for key, value in self.processor.to_dict().items() if key not in _NOT_BEHAVIOUR}
+        parts: dict[str, Any] = {
+            "vocabulary": self.processor.get_vocab(),
+            "special tokens": {key: str(value) for key, value in self.processor.special_tokens_map.items()},
+        }
+        backend = getattr(self.processor, "backend_tokenizer", None)
+        if backend is not None:
+            content = json.loads(backend.to_str())
+            parts.update({key: content.get(key) for key in ("normalizer", "pre_tokenizer", "post_processor")})
+        return parts
+
+    def inputs(self, rows: list[dict], max_tokens: int = _MAX_TOKENS) -> dict[str, torch.Tensor]:
+        """
+        Turn data rows into one padded batch of model inputs.
+
+        Args:
+            rows: each with `text` (and `text_pair`), or with `image` (a path or a PIL image).
+        """
+        batch: BatchFeature
+        if self.kind == "image":
+            images = [_open_image(row["image"]) for row in rows]
+            batch = self.processor(images=images, return_tensors="pt")
+        else:
+            pairs = [row.get("text_pair") for row in rows]
+            limit = min(max_tokens, self.processor.model_max_length)
+            batch = self.processor(
+                [row["text"] for row in rows],
+                [pair or "" for pair in pairs] if any(pairs) else None,
+                padding=True,
+                truncation=True,
+                max_length=limit,
+                return_tensors="pt",
+            )
+        return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+
+
+def _open_image(image: Any) -> Any:
+    if not isinstance(image, (str, Path)):
+        return image
+    require_extra("PIL", "vision")
+    # As `pipeline` does, so that a row routes in use as it did in the build.
+    return load_image(str(image))
+
+
+def load_processing(path: Path, kind: str, role: str, trust_remote_code: bool = False) -> Processing | None:
+    """
+    Load the tokenizer or image processor that lies in a checkpoint's folder, or return None if there is none.
+
+    Raises:
+        TwinMergingError: there is one, but it cannot be loaded.
+    """
+    names = _TOKENIZER_FILES if kind == "text" else _IMAGE_FILES
+    if not any((path / name).is_file() for name in names):
+        return None
+    auto_class = AutoTokenizer if kind == "text" else AutoImageProcessor
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # the torchvision notice, once for each folder
+    try:
+        return Processing(kind, auto_class.from_pretrained(path, trust_remote_code=trust_remote_code))
+    except Exception as error:
+        what = "tokenizer" if kind == "text" else "image processor"
+        raise TwinMergingError(f"{role}: the {what} in {path} cannot be loaded: {error}") from error
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def differing_parts(one: Processing, other: Processing, only: tuple[str, ...] | None = None) -> list[str]:
+    """Names of the parts in which two processors differ."""
+    a, b = one.signature(), other.signature()
+    return [key for key in sorted({*a, *b}) if (only is None or key in only) and a.get(key) != b.get(key)]

@@ -1,0 +1,364 @@
+"""The recipe: every knob of a build as frozen dataclasses, read from YAML and checked before any weight is touched."""
+
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from twin_merging_hf.modeling.configuration_twin_merging import ROUTER_PASSES, ROUTER_TYPES, check_expert_names
+
+from .errors import TwinMergingError
+
+
+MERGE_METHODS = ("linear", "task_arithmetic")
+EXCLUSIVE_METHODS = ("svd",)
+FACTOR_DTYPES = {"fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16"}
+COMPUTE_DTYPES = ("float32", "float64")
+OUT_DTYPES = ("float32", "bfloat16", "float16")
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """JSONL files of one expert. Only `train` (and `validation`) feed the router; `test` is never read by a build."""
+
+    train: Path
+    validation: Path | None = None
+    test: Path | None = None
+
+
+@dataclass(frozen=True)
+class ExpertSpec:
+    """One fine-tuned checkpoint."""
+
+    name: str
+    model: str
+    """Folder, or Hub id with an optional `@revision`."""
+    data: DataFiles | None = None
+    labels: tuple[str, ...] | None = None
+    """New label names, in id order."""
+    weight: float = 1.0
+    """Coefficient of this expert in the shared model's merge."""
+
+
+@dataclass(frozen=True)
+class Exclusive:
+    """How each expert's delta from the shared model is compressed (Twin-Merging, section 4.2)."""
+
+    method: str = "svd"
+    rank: int | None = 16
+    ratio: float | None = None
+    """Rank as a share of min(m, n) of each matrix, at least 1; instead of `rank`."""
+    dtype: str = "float32"
+
+    def rank_of(self, m: int, n: int) -> int:
+        """Rank for an [m, n] matrix."""
+        smallest = min(m, n)
+        if self.ratio is not None:
+            return max(1, min(smallest, int(self.ratio * smallest)))
+        return min(smallest, self.rank or 1)
+
+
+@dataclass(frozen=True)
+class RouterSettings:
+    """How rows are routed, and how the router is trained."""
+
+    type: str = "auto"
+    """`linear`, `mlp`, `projection`, or `auto`: `linear` if every expert has data, else `projection`."""
+    layer: int | None = None
+    """`prefix` reads the state before this layer; default: the middle one."""
+    router_pass: str = "prefix"
+    temperature: float | None = None
+    """None: fitted on held-out rows (1.0 for `projection`)."""
+    top_k: int | None = None
+    epochs: int = 10
+    """Of the `mlp` router; the `linear` one is solved to convergence."""
+    lr: float = 5e-4
+    rank: int = 16
+    """Dimension of each expert's subspace (`projection`)."""
+    rows: int = 1000
+    """At most this many training rows for each expert (the paper's number)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole build."""
+
+    experts: tuple[ExpertSpec, ...]
+    base_model: str | None = None
+    shared_model: str | None = None
+    merge_method: str = "linear"
+    scaling: float = 0.3
+    """`parameters.lambda`: the coefficient of task arithmetic (the paper's 0.3)."""
+    normalize: bool = True
+    """`linear`: divide the weights by their sum."""
+    exclusive: Exclusive = field(default_factory=Exclusive)
+    router: RouterSettings = field(default_factory=RouterSettings)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    dtype: str = "float32"
+    out_dtype: str | None = None
+    seed: int = 0
+    trust_remote_code: bool = False
+    folder: Path = Path(".")
+    """Relative paths are relative to this folder (the recipe file's)."""
+    text: str = ""
+    """The YAML as it was written."""
+
+    @property
+    def names(self) -> list[str]:
+        return [expert.name for expert in self.experts]
+
+    def gets_delta(self, tensor: str) -> bool:
+        """False where `include`/`exclude` leave a tensor to the shared model alone (full match of regexes)."""
+        if self.include and not any(re.fullmatch(pattern, tensor) for pattern in self.include):
+            return False
+        return not any(re.fullmatch(pattern, tensor) for pattern in self.exclude)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """
+    Read and check a recipe file.
+
+    Raises:
+        TwinMergingError: the file is missing, not YAML, or holds an unknown key or an impossible value; the message
+            names the key and what is allowed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise TwinMergingError(f"recipe {path} does not exist; `twin-merging init MODEL... -o recipe.yaml` writes one")
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, Loader=_StrictLoader)
+    except UnicodeDecodeError as error:
+        raise TwinMergingError(f"{path}: not UTF-8 text ({error})") from error
+    except yaml.YAMLError as error:
+        raise TwinMergingError(f"{path}: not valid YAML: {error}") from error
+    try:
+        return parse_recipe(content, folder=path.parent, text=text)
+    except TwinMergingError as error:
+        raise TwinMergingError(f"{path}: {error}") from error
+
+
+def parse_recipe(content: Any, folder: Path = Path("."), text: str = "") -> Recipe:
+    """Check a recipe's content (as parsed from YAML) and return it. Raises as `load_recipe`."""
+    keys = ("base_model", "shared_model", "merge_method", "parameters", "experts", "exclusive", "router", "include",
+            "exclude", "dtype", "out_dtype", "seed", "trust_remote_code", "alignment")  # fmt: skip
+    content = _mapping(content, "the recipe", keys)
+    if content.get("alignment") not in (None, "none"):
+        raise TwinMergingError("`alignment` is not supported by this version (only `none`): experts must share a base")
+    if "experts" not in content:
+        raise TwinMergingError("`experts` is missing: list at least one `{name: ..., model: ...}`")
+    raw_experts = content["experts"]
+    if not isinstance(raw_experts, list) or not raw_experts:
+        raise TwinMergingError(f"`experts` must be a list of at least one expert, got {raw_experts!r}")
+    experts = tuple(_expert(raw, index, folder) for index, raw in enumerate(raw_experts))
+    try:
+        check_expert_names([expert.name for expert in experts])
+    except ValueError as error:
+        raise TwinMergingError(f"`experts`: {error}") from error
+    parameters = _mapping(content.get("parameters") or {}, "`parameters`", ("lambda", "normalize"))
+    recipe = Recipe(
+        experts=experts,
+        base_model=_optional_text(content, "base_model"),
+        shared_model=_optional_text(content, "shared_model"),
+        merge_method=_choice(content, "merge_method", MERGE_METHODS, "linear"),
+        scaling=_number(parameters, "lambda", 0.3),
+        normalize=_flag(parameters, "normalize", True),
+        exclusive=_exclusive(content.get("exclusive")),
+        router=_router(content.get("router")),
+        include=_patterns(content, "include"),
+        exclude=_patterns(content, "exclude"),
+        dtype=_choice(content, "dtype", COMPUTE_DTYPES, "float32"),
+        out_dtype=_choice(content, "out_dtype", OUT_DTYPES, None),
+        seed=_integer(content, "seed", 0, 0),
+        trust_remote_code=_flag(content, "trust_remote_code", False),
+        folder=folder,
+        text=text,
+    )
+    _check_together(recipe, content)
+    return recipe
+
+
+def _check_together(recipe: Recipe, content: dict) -> None:
+    if recipe.shared_model and "merge_method" in content:
+        raise TwinMergingError("give either `shared_model` or `merge_method`, not both")
+    if recipe.base_model is None and recipe.shared_model == BASE:
+        raise TwinMergingError("`shared_model: base` needs `base_model`")
+    if recipe.base_model is None and recipe.merge_method == "task_arithmetic" and not recipe.shared_model:
+        raise TwinMergingError("`merge_method: task_arithmetic` needs `base_model`")
+    if recipe.merge_method == "linear" and recipe.normalize and sum(e.weight for e in recipe.experts) == 0:
+        raise TwinMergingError("the experts' `parameters.weight` sum to 0, so `linear` cannot normalise them")
+    without = [expert.name for expert in recipe.experts if expert.data is None]
+    if recipe.router.type in ("linear", "mlp") and without:
+        raise TwinMergingError(
+            f"router {recipe.router.type!r} is trained on `data`, which expert {without[0]!r} does not have; "
+            "give `data` for every expert, or `router: {type: projection}`, which needs none"
+        )
+    if recipe.router.top_k is not None and recipe.router.top_k > len(recipe.experts):
+        raise TwinMergingError(f"`router.top_k` is {recipe.router.top_k}, but there are {len(recipe.experts)} experts")
+    if recipe.router.type == "projection" and recipe.router.router_pass == "full":
+        raise TwinMergingError("`router.pass: full` is not possible with `projection`, which reads a layer's input")
+
+
+def _expert(raw: Any, index: int, folder: Path) -> ExpertSpec:
+    raw = _mapping(raw, f"`experts[{index}]`", ("name", "model", "data", "labels", "parameters"))
+    where = f"`experts[{index}]`"
+    model = raw.get("model")
+    if not isinstance(model, str) or not model:
+        raise TwinMergingError(f"{where}: `model` must be a folder or a Hub id, got {model!r}")
+    name = raw.get("name", re.sub(r"[^A-Za-z0-9_.-]", "-", model.split("@")[0].rstrip("/").split("/")[-1]))
+    labels = raw.get("labels")
+    if labels is not None:
+        strings = isinstance(labels, list) and all(isinstance(label, str) and label for label in labels)
+        if not strings or not labels or len(set(labels)) != len(labels):
+            raise TwinMergingError(
+                f"{where}: `labels` must be a list of different names (quote numbers), got {labels!r}"
+            )
+    parameters = _mapping(raw.get("parameters") or {}, f"{where}: `parameters`", ("weight",))
+    return ExpertSpec(
+        name=name,
+        model=model,
+        data=_data(raw.get("data"), where, folder),
+        labels=tuple(labels) if labels is not None else None,
+        weight=_number(parameters, "weight", 1.0),
+    )
+
+
+def _data(raw: Any, where: str, folder: Path) -> DataFiles | None:
+    if raw is None:
+        return None
+    if isinstance(raw, str):
+        raw = {"train": raw}
+    raw = _mapping(raw, f"{where}: `data`", ("train", "validation", "test"))
+    if "train" not in raw:
+        raise TwinMergingError(f"{where}: `data` needs `train`")
+    files = {}
+    for key, value in raw.items():
+        if not isinstance(value, str):
+            raise TwinMergingError(f"{where}: `data.{key}` must be a path to a JSONL file, got {value!r}")
+        files[key] = folder / value
+    return DataFiles(**files)
+
+
+def _exclusive(raw: Any) -> Exclusive:
+    raw = _mapping(raw or {}, "`exclusive`", ("method", "rank", "ratio", "dtype"))
+    if "rank" in raw and "ratio" in raw:
+        raise TwinMergingError("`exclusive`: give either `rank` or `ratio`, not both")
+    ratio = raw.get("ratio")
+    if ratio is not None and (not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 < ratio <= 1):
+        raise TwinMergingError(f"`exclusive.ratio` must be above 0 and at most 1, got {ratio!r}")
+    return Exclusive(
+        method=_choice(raw, "method", EXCLUSIVE_METHODS, "svd"),
+        rank=None if ratio is not None else _integer(raw, "rank", 16, 1),
+        ratio=None if ratio is None else float(ratio),
+        dtype=FACTOR_DTYPES[_choice(raw, "dtype", tuple(FACTOR_DTYPES), "fp32")],
+    )
+
+
+def _router(raw: Any) -> RouterSettings:
+    if isinstance(raw, str):
+        raw = {"type": raw}
+    keys = ("type", "layer", "pass", "temperature", "top_k", "epochs", "lr", "rank", "rows")
+    raw = _mapping(raw or {}, "`router`", keys)
+    kind = _choice(raw, "type", ("auto", *ROUTER_TYPES), "auto")
+    return RouterSettings(
+        type=kind,
+        layer=None if raw.get("layer") is None else _integer(raw, "layer", 0, 0),
+        router_pass=_choice(raw, "pass", ROUTER_PASSES, "prefix"),
+        temperature=None if raw.get("temperature") is None else _positive(raw, "temperature", 1.0),
+        top_k=None if raw.get("top_k") is None else _integer(raw, "top_k", 1, 1),
+        epochs=_integer(raw, "epochs", 10, 1),
+        lr=_positive(raw, "lr", 5e-4),
+        rank=_integer(raw, "rank", 16, 1),
+        rows=_integer(raw, "rows", 1000, 2),
+    )
+
+
+# ---- small checks, all of which name the key --------------------------------------------------------------------
+
+
+def _mapping(raw: Any, where: str, keys: tuple[str, ...]) -> dict:
+    if not isinstance(raw, dict):
+        raise TwinMergingError(f"{where} must be a mapping of {', '.join(keys)}, got {raw!r}")
+    for key in raw:
+        if key not in keys:
+            close = difflib.get_close_matches(str(key), keys, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TwinMergingError(f"{where} has an unknown key {key!r}{hint} (known: {', '.join(keys)})")
+    return raw
+
+
+def _choice(raw: dict, key: str, choices: tuple[str, ...], default: Any) -> Any:
+    value = raw.get(key, default)
+    if value is not default and value not in choices:
+        raise TwinMergingError(f"`{key}` must be one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def _integer(raw: dict, key: str, default: int, least: int) -> int:
+    value = raw.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise TwinMergingError(f"`{key}` must be an integer of at least {least}, got {value!r}")
+    return value
+
+
+def _number(raw: dict, key: str, default: float) -> float:
+    value = raw.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
+        raise TwinMergingError(f"`{key}` must be a number, got {value!r}")
+    return float(value)
+
+
+def _positive(raw: dict, key: str, default: float) -> float:
+    value = _number(raw, key, default)
+    if value <= 0:
+        raise TwinMergingError(f"`{key}` must be above 0, got {value!r}")
+    return value
+
+
+def _flag(raw: dict, key: str, default: bool) -> bool:
+    value = raw.get(key, default)
+    if not isinstance(value, bool):
+        raise TwinMergingError(f"`{key}` must be true or false, got {value!r}")
+    return value
+
+
+def _optional_text(raw: dict, key: str) -> str | None:
+    value = raw.get(key)
+    if value is not None and (not isinstance(value, str) or not value):
+        raise TwinMergingError(f"`{key}` must be a folder or a Hub id, got {value!r}")
+    return value
+
+
+def _patterns(raw: dict, key: str) -> tuple[str, ...]:
+    value = raw.get(key) or []
+    patterns = [value] if isinstance(value, str) else value
+    if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TwinMergingError(f"`{key}` must be a regular expression or a list of them, got {value!r}")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise TwinMergingError(f"`{key}`: {pattern!r} is not a regular expression: {error}") from error
+    return tuple(patterns)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice instead of keeping the last one."""
+
+
+def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    for position, key in enumerate(keys):
+        if key in keys[:position]:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+    return loader.construct_mapping(node, deep=deep)
+
+
+_StrictLoader.add_constructor(
+    yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, lambda loader, node: _unique_mapping(loader, node, True)
+)

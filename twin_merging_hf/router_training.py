@@ -1,0 +1,179 @@
+"""Routers: trained on the shared model's states of train rows, or built from the experts' deltas without data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from twin_merging_hf.modeling.routing_twin_merging import LinearRouter, MLPRouter, ProjectionRouter
+
+from .compression import truncated_svd
+from .errors import TwinMergingError
+
+
+_WEIGHT_DECAY = 1e-3
+_LBFGS_STEPS = 200
+_MLP_BATCH = 64
+_TEMPERATURES = torch.logspace(-1.5, 1.0, 101)
+
+
+@dataclass(frozen=True)
+class RouterData:
+    """Routing features [row, feature] and the expert that each row belongs to [row]; train and held-out."""
+
+    train: torch.Tensor
+    train_experts: torch.Tensor
+    held_out: torch.Tensor
+    held_out_experts: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RouterReport:
+    """
+    How a router does on rows that its training did not see.
+
+    confusion: [expert, chosen expert] counts over held-out rows. negative_log_likelihood: at the chosen temperature.
+    """
+
+    type: str
+    temperature: float
+    held_out_rows: int
+    accuracy: float
+    negative_log_likelihood: float
+    confusion: list[list[int]]
+
+
+def train_router(
+    router: LinearRouter | MLPRouter,
+    data: RouterData,
+    epochs: int,
+    lr: float,
+    seed: int,
+    tick: Callable[[str], None] = lambda message: None,
+) -> None:
+    """Fit a router in place. The `mlp` keeps the epoch that does best on held-out rows (never on test rows)."""
+    if isinstance(router, MLPRouter):
+        _train_mlp(router, data, epochs, lr, seed, tick)
+    else:
+        _fit_linear(router, data, tick)
+
+
+def _fit_linear(router: LinearRouter, data: RouterData, tick: Callable[[str], None]) -> None:
+    """Logistic regression on standardised features, to convergence; the scaling is folded into the layer."""
+    mean = data.train.mean(dim=0)
+    scale = data.train.std(dim=0).clamp(min=1e-6)
+    x, y = (data.train - mean) / scale, data.train_experts
+    experts = router.classifier.out_features
+    weight = torch.zeros(experts, x.shape[1], requires_grad=True)
+    bias = torch.zeros(experts, requires_grad=True)
+    counts = torch.bincount(y, minlength=experts).clamp(min=1)
+    balance = counts.sum() / (experts * counts.float())
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=_LBFGS_STEPS, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(x @ weight.T + bias, y, weight=balance) + _WEIGHT_DECAY * weight.pow(2).sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        loss = optimizer.step(closure)
+    tick(f"linear router: loss {loss.item():.4f}")
+    with torch.no_grad():
+        router.classifier.weight.copy_(weight / scale)
+        router.classifier.bias.copy_(bias - (weight / scale) @ mean)
+
+
+def _train_mlp(
+    router: MLPRouter, data: RouterData, epochs: int, lr: float, seed: int, tick: Callable[[str], None]
+) -> None:
+    """The paper's network: cross-entropy, Adam."""
+    torch.manual_seed(seed)
+    for module in router.modules():
+        if isinstance(module, (nn.Linear, nn.BatchNorm1d)):
+            module.reset_parameters()
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(router.parameters(), lr=lr)
+    best, best_state = float("inf"), None
+    for epoch in range(epochs):
+        router.train()
+        order = torch.randperm(len(data.train), generator=generator)
+        with torch.enable_grad():
+            for batch in order.split(_MLP_BATCH):
+                if len(batch) < 2:
+                    continue  # BatchNorm has no variance of one row
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(router.score(data.train[batch]), data.train_experts[batch])
+                loss.backward()
+                optimizer.step()
+        router.eval()
+        with torch.no_grad():
+            held_out = float(nn.functional.cross_entropy(router.score(data.held_out), data.held_out_experts))
+        tick(f"mlp router: epoch {epoch + 1} of {epochs}, held-out loss {held_out:.4f}")
+        if held_out < best:
+            best, best_state = held_out, {key: value.clone() for key, value in router.state_dict().items()}
+    if best_state is None:
+        raise TwinMergingError("the mlp router's loss is not finite; lower `router.lr`")
+    router.load_state_dict(best_state)
+
+
+def fit_temperature(logits: torch.Tensor, experts: torch.Tensor) -> float:
+    """Temperature that gives held-out rows the highest likelihood (Guo et al. 2017), from a grid of 0.03 to 10."""
+    losses = torch.stack([nn.functional.cross_entropy(logits / t, experts) for t in _TEMPERATURES])
+    return float(_TEMPERATURES[int(losses.argmin())])
+
+
+@torch.no_grad()
+def router_report(router: nn.Module, data: RouterData, kind: str, temperature: float | None) -> RouterReport:
+    """Measure a router on held-out rows; with `temperature=None`, fit it there."""
+    logits = router.score(data.held_out)  # type: ignore[operator]
+    if temperature is None:
+        temperature = fit_temperature(logits, data.held_out_experts)
+    chosen, experts = logits.argmax(dim=1), data.held_out_experts
+    count = logits.shape[1]
+    confusion = torch.zeros(count, count, dtype=torch.long)
+    for expert, choice in zip(experts.tolist(), chosen.tolist(), strict=True):
+        confusion[expert, choice] += 1
+    return RouterReport(
+        type=kind,
+        temperature=temperature,
+        held_out_rows=len(experts),
+        accuracy=float((chosen == experts).float().mean()),
+        negative_log_likelihood=float(nn.functional.cross_entropy(logits / temperature, experts)),
+        confusion=confusion.tolist(),
+    )
+
+
+def subspace(matrices: list[torch.Tensor], rank: int, seed_text: str) -> torch.Tensor:
+    """
+    Leading right singular vectors [rank, n] of deltas [m_i, n] stacked over the projections that read one state.
+
+    Missing directions (a delta of lower rank) are zero rows, in which no state has energy.
+    """
+    stacked = torch.cat(matrices)
+    _, s, vh = truncated_svd(stacked, rank, seed_text)
+    basis = torch.zeros(rank, stacked.shape[1])
+    kept = s > 1e-6 * s.max().clamp(min=1e-30)
+    basis[: int(kept.sum())] = vh[kept]
+    return basis
+
+
+@torch.no_grad()
+def fit_projection(
+    router: ProjectionRouter, bases: list[torch.Tensor], random_features: Callable[[], torch.Tensor]
+) -> None:
+    """
+    Build a projection router.
+
+    Args:
+        bases: each expert's subspace [rank, hidden].
+        random_features: gives the energy shares [row, expert] of random inputs, once the bases are in place; their
+            mean and spread centre and scale the scores.
+    """
+    router.basis.copy_(torch.stack(bases))
+    router.offset.zero_()
+    router.scale.fill_(1.0)
+    shares = random_features()
+    router.offset.copy_(shares.mean(dim=0))
+    router.scale.copy_(shares.std(dim=0).clamp(min=1e-4))

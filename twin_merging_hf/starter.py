@@ -1,0 +1,117 @@
+"""`init`: look at checkpoints, tell which fit together and why not, and write a starter recipe."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from .checkpoints import Checkpoint, open_checkpoint
+from .errors import TwinMergingError
+from .preflight import compare_backbones, input_kind
+from .processing import Processing, differing_parts, load_processing
+
+
+@dataclass(frozen=True)
+class Look:
+    """What `init` found out about one checkpoint, and why it does not fit to the first (empty: it does)."""
+
+    name: str
+    source: str
+    checkpoint: Checkpoint
+    processing: Processing | None
+    misfits: list[str]
+
+
+def look_at(models: list[str], base: str | None, folder: Path) -> list[Look]:
+    """
+    Open each checkpoint and compare it with the first.
+
+    Raises:
+        TwinMergingError: one cannot be opened.
+    """
+    looks: list[Look] = []
+    for name, source in zip(_names(models), models, strict=True):
+        checkpoint = open_checkpoint(source, folder, f"expert {name!r}")
+        looks.append(_look(name, source, checkpoint, looks[0] if looks else None))
+    if base is not None:
+        checkpoint = open_checkpoint(base, folder, "base model", like=looks[0].checkpoint)
+        looks.append(_look("base", base, checkpoint, looks[0]))
+    return looks
+
+
+def _look(name: str, source: str, checkpoint: Checkpoint, first: Look | None) -> Look:
+    processing = load_processing(checkpoint.path, input_kind(checkpoint), checkpoint.role)
+    misfits: list[str] = []
+    if first is not None:
+        if checkpoint.task_class is not first.checkpoint.task_class:
+            theirs = first.checkpoint.task_class.__name__
+            misfits.append(f"it is a {checkpoint.task_class.__name__}, {first.name} is a {theirs}")
+        else:
+            misfits += compare_backbones(checkpoint, first.checkpoint)
+            if processing is not None and first.processing is not None:
+                only = ("vocabulary",) if name == "base" else None
+                parts = differing_parts(processing, first.processing, only)
+                misfits += [f"tokenizer or image processor differs in {', '.join(parts)}"] if parts else []
+    return Look(name, source, checkpoint, processing, misfits)
+
+
+def _names(models: list[str]) -> list[str]:
+    names: list[str] = []
+    for model in models:
+        stem = model.split("@")[0].rstrip("/").split("/")[-1] or "expert"
+        name = "".join(c if c.isalnum() or c in "_.-" else "-" for c in stem)
+        taken = {n.lower() for n in names}
+        names.append(name if name.lower() not in taken else f"{name}-{len(names) + 1}")
+    return names
+
+
+def describe_look(look: Look) -> list[str]:
+    """Lines for people about one checkpoint."""
+    checkpoint = look.checkpoint
+    numbers = sum(shape.numel() for shape in checkpoint.backbone.values())
+    labels = list((checkpoint.config.id2label or {}).values())
+    head = "" if look.name == "base" else f", {len(labels)} labels: {', '.join(map(str, labels[:6]))}"
+    fits = "fits" if not look.misfits else "does not fit"
+    kind = checkpoint.task_class.__name__
+    return [
+        f"{look.name}: {kind}, {numbers / 1e6:.1f}M backbone parameters{head} - {fits}",
+        *(f"    {misfit}" for misfit in look.misfits),
+    ]
+
+
+def starter_recipe(looks: list[Look], recipe_folder: Path) -> str:
+    """
+    YAML of a recipe for the checkpoints that fit, with comments on what may be added.
+
+    Raises:
+        TwinMergingError: fewer than one expert is left.
+    """
+    fitting = [look for look in looks if not look.misfits and look.name != "base"]
+    base = next((look for look in looks if look.name == "base" and not look.misfits), None)
+    if not fitting:
+        raise TwinMergingError("no checkpoint is left to build from")
+    content: dict = {}
+    if base is not None:
+        content["base_model"] = _relative(base.source, recipe_folder)
+    content["merge_method"] = "linear"
+    content["experts"] = [{"name": look.name, "model": _relative(look.source, recipe_folder)} for look in fitting]
+    content["exclusive"] = {"method": "svd", "rank": 16}
+    content["router"] = "auto"
+    lines = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    kind = input_kind(fitting[0].checkpoint)
+    return (
+        "# Each expert may have labelled rows, from which the router is trained (without them, `router: auto` needs none\n"
+        "# but chooses worse):\n"
+        f'#   data: rows.jsonl        one {{"{kind}": ..., "label": ...}} a line; or {{train: ..., validation: ..., test: ...}}\n'
+        "# and readable names for labels that are called LABEL_0, ...:\n"
+        "#   labels: [negative, positive]\n"
+        f"{lines}"
+    )
+
+
+def _relative(source: str, folder: Path) -> str:
+    path = Path(source)
+    if not path.exists():
+        return source
+    return source if path.is_absolute() else os.path.relpath(path, folder)

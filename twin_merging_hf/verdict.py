@@ -1,0 +1,84 @@
+"""The closing verdict of a build: does the artifact, left to itself, answer like each expert on held-out rows?"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .evaluation import agreement, artifact_outputs, checkpoint_model, model_outputs
+from .preflight import Inputs
+from .router_training import RouterReport
+
+
+_ROWS = 200
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """
+    agreement: for each expert, how far the routed artifact answers like it on its held-out rows (share of equal labels;
+        Pearson correlation for a regression). given: the same with the expert chosen by hand, so that the two together
+        tell routing losses from compression losses. Both None without data.
+    worst_confusion: the largest share of one expert's rows that went to one other: expert, chosen, share.
+    """
+
+    agreement: dict[str, float] | None
+    given: dict[str, float] | None
+    rows: dict[str, int] | None
+    router_accuracy: float | None
+    worst_confusion: dict | None
+
+
+def reach_verdict(
+    model: Any, inputs: Inputs, router: RouterReport | None, counter: Callable[[str, int], Any]
+) -> Verdict:
+    """Compare the finished artifact with every expert itself, on held-out rows that no training saw."""
+    if inputs.rows is None or router is None:
+        return Verdict(None, None, None, None, None)
+    assert inputs.processing is not None
+    routed, given, counts = {}, {}, {}
+    bar = counter("comparing with the experts", sum(3 * min(_ROWS, len(rows.held_out)) for rows in inputs.rows))
+    for index, (name, checkpoint) in enumerate(zip(inputs.recipe.names, inputs.experts, strict=True)):
+        rows = inputs.rows[index].held_out[:_ROWS]
+        reference = model_outputs(checkpoint_model(checkpoint), rows, inputs.processing, bar.update)
+        labels = [row["label"] for row in inputs.rows[index].train]
+        mean = sum(labels) / len(labels)
+        by_itself = artifact_outputs(model, rows, inputs.processing, tick=bar.update)
+        by_hand = artifact_outputs(model, rows, inputs.processing, name, tick=bar.update)
+        routed[name] = round(agreement(model, index, by_itself, reference, mean), 4)
+        given[name] = round(agreement(model, index, by_hand, reference, mean), 4)
+        counts[name] = len(rows)
+    bar.close()
+    return Verdict(
+        routed, given, counts, round(router.accuracy, 4), worst_confusion(inputs.recipe.names, router.confusion)
+    )
+
+
+def worst_confusion(names: list[str], confusion: list[list[int]]) -> dict | None:
+    """The pair (expert, chosen) with the largest share of an expert's held-out rows that went elsewhere, or None."""
+    worst: dict | None = None
+    largest = 0.0
+    for i, row in enumerate(confusion):
+        for j, count in enumerate(row):
+            share = count / max(1, sum(row))
+            if i != j and share > largest:
+                largest = share
+                worst = {"expert": names[i], "chosen": names[j], "share": round(share, 4)}
+    return worst
+
+
+def describe(verdict: Verdict) -> list[str]:
+    """The verdict in lines for people."""
+    if verdict.agreement is None or verdict.given is None or verdict.rows is None:
+        return [
+            "no held-out rows, so agreement with the experts was not measured; give `data` in the recipe to know it"
+        ]
+    lines = [f"{'expert':<20} {'rows':>5}  {'routed':>7}  {'given':>7}   (agreement with the expert itself)"]
+    for name, share in verdict.agreement.items():
+        lines.append(f"{name:<20} {verdict.rows[name]:>5}  {share:>7.1%}  {verdict.given[name]:>7.1%}")
+    lines.append(f"router accuracy on held-out rows: {verdict.router_accuracy:.1%}")
+    if verdict.worst_confusion:
+        worst = verdict.worst_confusion
+        lines.append(f"worst confusion: {worst['share']:.1%} of {worst['expert']}'s rows went to {worst['chosen']}")
+    else:
+        lines.append("no row of the held-out ones went to a wrong expert")
+    return lines
