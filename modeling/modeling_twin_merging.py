@@ -191,8 +191,6 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
             init.zeros_(module.delta)
         elif isinstance(module, ProjectionRouter):
             init.normal_(module.basis, std=0.02)
-            init.zeros_(module.offset)
-            init.ones_(module.scale)
         else:
             super()._init_weights(module)
 

@@ -60,15 +60,12 @@ class ProjectionRouter(nn.Module):
     Data-free: the share of each token's energy inside an expert's right singular subspace, mean over valid tokens.
 
     `basis` [expert, rank, hidden] has orthonormal rows: the leading right singular vectors of what the expert changed
-    in the projections that read the routing state. `offset` [expert] and `scale` [expert] centre and scale the shares
-    by what random token inputs give, so that no expert wins by a subspace that everything falls into.
+    in the projections that read the routing state.
     """
 
     def __init__(self, hidden_size: int, experts: int, rank: int):
         super().__init__()
         self.basis = nn.Parameter(torch.empty(experts, rank, hidden_size))
-        self.offset = nn.Parameter(torch.empty(experts))
-        self.scale = nn.Parameter(torch.empty(experts))
 
     def features(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Energy shares [batch, expert], each in [0, 1]."""
@@ -78,7 +75,7 @@ class ProjectionRouter(nn.Module):
         return masked_mean(inside / total, mask)
 
     def score(self, features: torch.Tensor) -> torch.Tensor:
-        return (features - self.offset) / self.scale
+        return features
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return self.score(self.features(hidden, mask))

@@ -34,12 +34,9 @@ from .pictures import draw_confusion
 from .preflight import Inputs, preflight
 from .probe import probe, random_inputs
 from .recipe import Recipe, load_recipe
-from .router_training import RouterData, RouterReport, fit_projection, router_report, subspace, train_router
+from .router_training import RouterData, RouterReport, router_report, subspace, train_router
 from .separation import Separation, delta_from_base, factor_dtype, matrix_shape, model_dtype, separate
 from .verdict import Verdict, reach_verdict
-
-
-_RANDOM_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -267,8 +264,8 @@ def _fit_projection(model: Any, separation: Separation, inputs: Inputs) -> None:
     for name, expert in zip(recipe.names, inputs.experts, strict=True):
         matrices = [delta_from_base(expert, inputs.base, separation.state, f"{reader}.weight") for reader in readers]
         bases.append(subspace(matrices, config.router_rank, f"{recipe.seed}:{name}:projection"))
-    rows = random_inputs(model.shared, _RANDOM_ROWS, recipe.seed + 1, tokens=32)
-    fit_projection(model.router, bases, lambda: model.routing_features(**rows))
+    with torch.no_grad():
+        model.router.basis.copy_(torch.stack(bases))
 
 
 def _router_data(model: Any, inputs: Inputs, progress: Progress) -> RouterData:

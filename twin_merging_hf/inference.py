@@ -12,11 +12,12 @@ from .processing import Processing
 BATCH = 32
 
 
-def batches(rows: list[dict], processing: Processing, size: int = BATCH) -> Iterator[tuple[list[dict], dict]]:
-    """Yield (rows, model inputs) in order."""
+def batches(rows: list[dict], processing: Processing, size: int = BATCH) -> Iterator[tuple[list[int], dict]]:
+    """Yield (positions of the rows, model inputs), rows of similar length together, so that little is padded."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].get("text", "")) + len(rows[i].get("text_pair", "")))
     for start in range(0, len(rows), size):
-        chunk = rows[start : start + size]
-        yield chunk, processing.inputs(chunk)
+        chunk = order[start : start + size]
+        yield chunk, processing.inputs([rows[i] for i in chunk])
 
 
 @torch.no_grad()
@@ -28,18 +29,20 @@ def run_over(
     tick: Callable[[int], Any] = lambda count: None,
 ) -> torch.Tensor:
     """
-    Apply `step` to each batch's model inputs and return the results of all rows, [row, ...], on the CPU.
+    Apply `step` to each batch's model inputs and return the results of all rows, [row, ...], in order, on the CPU.
 
     `step` gets inputs on the model's device.
     """
     was_training = model.training
     model.eval()
     try:
-        results = []
+        results: list[torch.Tensor] = [torch.empty(0)] * len(rows)
         device = next(model.parameters()).device
         for chunk, inputs in batches(rows, processing):
-            results.append(step({name: value.to(device) for name, value in inputs.items()}).float().cpu())
+            outputs = step({name: value.to(device) for name, value in inputs.items()}).float().cpu()
+            for position, output in zip(chunk, outputs, strict=True):
+                results[position] = output
             tick(len(chunk))
-        return torch.cat(results)
+        return torch.stack(results)
     finally:
         model.train(was_training)

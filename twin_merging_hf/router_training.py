@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from twin_merging_hf.modeling.routing_twin_merging import LinearRouter, MLPRouter, ProjectionRouter
+from twin_merging_hf.modeling.routing_twin_merging import LinearRouter, MLPRouter
 
 from .compression import truncated_svd
 from .errors import TwinMergingError
@@ -78,9 +78,10 @@ def _fit_linear(router: LinearRouter, data: RouterData, tick: Callable[[str], No
         return loss
 
     with torch.enable_grad():
-        loss = optimizer.step(closure)
-    tick(f"linear router: loss {loss.item():.4f}")
+        optimizer.step(closure)
     with torch.no_grad():
+        correct = ((x @ weight.T + bias).argmax(dim=1) == y).float().mean()
+        tick(f"linear router: {correct:.1%} of {len(y)} training rows right")
         router.classifier.weight.copy_(weight / scale)
         router.classifier.bias.copy_(bias - (weight / scale) @ mean)
 
@@ -157,23 +158,3 @@ def subspace(matrices: list[torch.Tensor], rank: int, seed_text: str) -> torch.T
     kept = s > 1e-6 * s.max().clamp(min=1e-30)
     basis[: int(kept.sum())] = vh[kept]
     return basis
-
-
-@torch.no_grad()
-def fit_projection(
-    router: ProjectionRouter, bases: list[torch.Tensor], random_features: Callable[[], torch.Tensor]
-) -> None:
-    """
-    Build a projection router.
-
-    Args:
-        bases: each expert's subspace [rank, hidden].
-        random_features: gives the energy shares [row, expert] of random inputs, once the bases are in place; their
-            mean and spread centre and scale the scores.
-    """
-    router.basis.copy_(torch.stack(bases))
-    router.offset.zero_()
-    router.scale.fill_(1.0)
-    shares = random_features()
-    router.offset.copy_(shares.mean(dim=0))
-    router.scale.copy_(shares.std(dim=0).clamp(min=1e-4))

@@ -10,6 +10,8 @@ from .router_training import RouterReport
 
 
 _ROWS = 200
+# Below this agreement a verdict says what to do about it.
+_POOR = 0.9
 
 
 @dataclass(frozen=True)
@@ -81,4 +83,11 @@ def describe(verdict: Verdict) -> list[str]:
         lines.append(f"worst confusion: {worst['share']:.1%} of {worst['expert']}'s rows went to {worst['chosen']}")
     else:
         lines.append("no row of the held-out ones went to a wrong expert")
+    for name, share in verdict.agreement.items():
+        if verdict.given[name] < _POOR:
+            lines.append(f"{name}: its delta is cut too short even with the expert given; raise `exclusive.rank`")
+        elif verdict.given[name] - share > 1 - _POOR:
+            lines.append(
+                f"{name}: routing loses what the delta keeps; try `router: {{type: linear}}` with data, or another layer"
+            )
     return lines

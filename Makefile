@@ -1,0 +1,46 @@
+# Everything runs in .venv, made from constraints.txt (CPU build of PyTorch where the constraint has one).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip-version-check -q
+
+.PHONY: demo test check lint types slow clean
+
+demo: $(VENV)/.demo
+	rm -rf twin-merging-demo
+	$(BIN)/twin-merging demo twin-merging-demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not slow"
+
+check: lint types test
+
+lint: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+# The checker sees what is installed, not the folder mapping of setup.cfg.
+types: $(VENV)/.test
+	rm -rf build
+	$(PIP) --no-deps --no-build-isolation --target build/typed .
+	MYPYPATH=build/typed $(BIN)/mypy --config-file setup.cfg -p twin_merging_hf
+	rm -rf build
+
+slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --upgrade pip setuptools wheel
+	$(PIP) -e '.[demo]'
+	touch $@
+
+$(VENV)/.test: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --upgrade pip setuptools wheel
+	$(PIP) -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info twin-merging-demo

@@ -1,0 +1,1 @@
+"""A small end-to-end demonstration on scikit-learn's handwritten digits."""
