@@ -46,16 +46,12 @@ def write_card(path: Path, config: TwinMergingConfig, report: dict, recipe_text:
 
 def _metadata(config: TwinMergingConfig, kind: str) -> dict:
     sources = config.provenance.get("sources", {})
-    # Only names that can be repositories on the Hub; a local folder would be a dead link.
-    models = [source["model"] for source in sources.values() if _is_repo_id(source["model"])]
+    # Local folders would be dead links on the Hub.
+    models = [source["model"] for source in sources.values() if source["from_hub"]]
     metadata: dict = {"library_name": "transformers", "pipeline_tag": _TASKS[kind]}
     if models:
         metadata |= {"base_model": list(dict.fromkeys(m.split("@")[0] for m in models)), "base_model_relation": "merge"}
     return metadata | {"tags": ["merge", "model-merging", "twin-merging", "twin-merging-hf", "custom_code"]}
-
-
-def _is_repo_id(source: str) -> bool:
-    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
 
 
 def _cell(text: object) -> str:

@@ -25,6 +25,7 @@ class Layout:
     """Names of the files in an artifact's folder."""
 
     config: str = "config.json"
+    unfinished_config: str = "config.json.unfinished"
     weights: str = "model.safetensors"
     index: str = "model.safetensors.index.json"
     recipe: str = "recipe.yaml"
@@ -46,7 +47,8 @@ def staged(out: Path) -> Iterator[Path]:
     """
     Give a staging folder that becomes `out` when the block ends well, and disappears when it does not.
 
-    A killed process leaves only a hidden folder beside `out`, which the next build of `out` removes.
+    The block writes the config as `LAYOUT.unfinished_config`; it gets its name at the very end, so that a killed process
+    leaves only a hidden folder that does not load, which the next build of `out` removes.
 
     Raises:
         TwinMergingError: `out` exists already.
@@ -62,6 +64,7 @@ def staged(out: Path) -> Iterator[Path]:
     try:
         yield staging
         refuse_existing(out)
+        os.rename(staging / LAYOUT.unfinished_config, staging / LAYOUT.config)
         os.rename(staging, out)
     finally:
         if staging.exists():
@@ -184,9 +187,14 @@ def check_artifact(folder: Path) -> list[str]:
     """
     try:
         config = read_config(folder)
-        problems = _check_tensors(folder, config)
+        return check_files(folder, config)
     except TwinMergingError as error:
         return [str(error)]
+
+
+def check_files(folder: Path, config: TwinMergingConfig) -> list[str]:
+    """As `check_artifact`, with a config that is known to be valid. Raises `TwinMergingError` for damaged weights."""
+    problems = _check_tensors(folder, config)
     auto_map = getattr(config, "auto_map", None) or {}
     if {key: str(value).split("--")[-1] for key, value in auto_map.items()} != AUTO_MAP:
         problems.append(

@@ -25,7 +25,7 @@ from twin_merging_hf.modeling.modeling_twin_merging import AUTO_MAP, find_shared
 from twin_merging_hf.modeling.routing_twin_merging import ProjectionRouter
 
 from ._version import __version__
-from .artifact import LAYOUT, Storage, check_artifact, refuse_existing, staged, storage, write_json
+from .artifact import LAYOUT, Storage, check_files, refuse_existing, staged, storage, write_json
 from .checkpoints import Checkpoint
 from .data import row_key
 from .errors import TwinMergingError
@@ -140,20 +140,21 @@ def _build_into(folder: Path, inputs: Inputs, progress: Progress) -> tuple[dict,
     model = _assemble(separation, inputs)
     router = _make_router(model, separation, inputs, progress)
     _save(model, folder, inputs)
-    loaded = type(model).from_pretrained(folder, dtype=torch.float32).eval()
+    loaded = type(model).from_pretrained(folder, config=model.config, dtype=torch.float32).eval()
     del model
     progress.say("probing: a batch that mixes experts against dense models")
     difference = probe(loaded, inputs.recipe.seed)
     verdict = reach_verdict(loaded, inputs, router, progress.counter)
-    report = _report(folder, loaded.config, separation, inputs, router, difference, verdict)
+    config = loaded.config
+    report = _report(folder, config, separation, inputs, router, difference, verdict)
     write_json(folder / LAYOUT.report, report)
-    if LAYOUT.confusion in loaded.config.provenance["companions"]:
+    if LAYOUT.confusion in config.provenance["companions"]:
         draw_confusion(folder / LAYOUT.confusion, inputs.recipe.names, router.confusion)  # type: ignore[union-attr]
-    loaded.config.provenance["verdict"] = asdict(verdict)
-    loaded.config.dtype = model_dtype(inputs)
-    loaded.config.save_pretrained(folder)
-    write_card(folder / LAYOUT.card, loaded.config, report, inputs.recipe.text, inputs.kind)
-    problems = check_artifact(folder)
+    write_card(folder / LAYOUT.card, config, report, inputs.recipe.text, inputs.kind)
+    config.provenance["verdict"] = asdict(verdict)
+    config.dtype = model_dtype(inputs)
+    (folder / LAYOUT.unfinished_config).write_text(config.to_json_string(), encoding="utf-8")
+    problems = check_files(folder, config)
     if problems:
         raise TwinMergingError("the finished artifact is not whole: " + "; ".join(problems))
     return report, verdict
@@ -175,7 +176,7 @@ def _assemble(separation: Separation, inputs: Inputs) -> Any:
         shared_config=shared_config,
         shared_class=first.task_class.__name__,
         head_modules=first.head_modules,
-        layers_path=first.layers_path,
+        layers_path="" if site["router_pass"] == "full" else first.layers_path,
         experts=inputs.entries,
         ranks=separation.ranks,
         exact_deltas=separation.exact,
@@ -208,8 +209,10 @@ def _router_type(inputs: Inputs) -> str:
 def _routing_site(first: Checkpoint, inputs: Inputs) -> dict[str, Any]:
     """Config fields that say where the routing state is read."""
     settings, kind = inputs.recipe.router, _router_type(inputs)
-    layer = settings.layer if settings.layer is not None else first.layer_count // 2
-    fields: dict[str, Any] = {"router_layer": None if settings.router_pass == "full" else layer}
+    layer = None
+    if settings.router_pass == "prefix":
+        layer = settings.layer if settings.layer is not None else first.layer_count // 2
+    fields: dict[str, Any] = {"router_layer": layer}
     fields |= {"router_type": kind, "router_pass": settings.router_pass, "router_input_size": first.config.hidden_size}
     fields["router_top_k"] = settings.top_k
     if kind == "projection":
@@ -297,7 +300,12 @@ def _save(model: Any, folder: Path, inputs: Inputs) -> None:
     if inputs.rows is not None and _can_draw():
         companions.add(LAYOUT.confusion)
     model.config.provenance["companions"] = sorted(companions)
-    model.save_pretrained(folder)
+    parts = folder / "parts"
+    model.save_pretrained(parts)
+    (parts / LAYOUT.config).unlink()  # written again at the end: until then, nothing here shall load
+    for path in parts.iterdir():
+        path.rename(folder / path.name)
+    parts.rmdir()
 
 
 def _can_draw() -> bool:
@@ -313,7 +321,9 @@ def _provenance(inputs: Inputs) -> dict:
     return {
         "recipe_sha256": hashlib.sha256(recipe.text.encode()).hexdigest(),
         "seed": recipe.seed,
-        "sources": {name: {"model": c.source, "sha256": _fingerprint(c)} for name, c in sources.items()},
+        "sources": {
+            name: {"model": c.source, "from_hub": c.from_hub, "sha256": _fingerprint(c)} for name, c in sources.items()
+        },
         "versions": {
             "twin-merging-hf": __version__,
             "transformers": transformers.__version__,

@@ -48,6 +48,7 @@ class Checkpoint:
     missing: list[str]
     extra: list[str]
     ignored: list[str]
+    from_hub: bool = False
     _handles: dict[Path, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -69,16 +70,22 @@ class Checkpoint:
     @cached_property
     def layers_path(self) -> str:
         """
-        Path, in the task model, of its list of layers: the first list of which every member is a Transformers layer.
+        Path, in the task model, of its list of layers: the first list of which every member is a Transformers layer, or
+        that is as long as the config says.
 
         Raises:
             TwinMergingError: there is none.
         """
-        for name, module in self.skeleton.named_modules():
-            is_list = isinstance(module, nn.ModuleList) and len(module) > 0
-            if is_list and all(isinstance(layer, GradientCheckpointingLayer) for layer in module):
+        lists = [(name, m) for name, m in self.skeleton.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+        for name, members in lists:
+            if all(isinstance(layer, GradientCheckpointingLayer) for layer in members):
                 return name
-        raise TwinMergingError(f"{self.task_class.__name__} has no list of layers that the router could count")
+        for name, members in lists:
+            if len(members) == getattr(self.config, "num_hidden_layers", 0):
+                return name
+        raise TwinMergingError(
+            f"{self.task_class.__name__} has no list of layers in which a router could stop; use `router: {{pass: full}}`"
+        )
 
     @property
     def layer_count(self) -> int:
@@ -128,7 +135,7 @@ def resolve(source: str, folder: Path, role: str) -> Path:
     Raises:
         TwinMergingError: there is no such folder, and no such repository can be had from the Hub.
     """
-    local = Path(source).expanduser() if Path(source).expanduser().is_absolute() else folder / source
+    local = _local_folder(source, folder)
     if local.is_dir():
         return local
     repo_id, _, revision = source.partition("@")
@@ -142,6 +149,10 @@ def resolve(source: str, folder: Path, role: str) -> Path:
             f"{role}: {source!r} is neither a folder ({local} does not exist) nor available from the Hub "
             f"({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
+
+
+def _local_folder(source: str, folder: Path) -> Path:
+    return folder / Path(source).expanduser()  # an absolute path stays itself
 
 
 def open_checkpoint(source: str, folder: Path, role: str, like: Checkpoint | None = None) -> Checkpoint:
@@ -178,7 +189,8 @@ def open_checkpoint(source: str, folder: Path, role: str, like: Checkpoint | Non
         ignored += [name for name in heads if name not in ignored]
         places = {name: place for name, place in places.items() if name not in heads}
         missing = [name for name in missing if name.startswith(f"{task_class.base_model_prefix}.")]
-    return Checkpoint(role, source, path, config, task_class, skeleton, places, missing, extra, ignored)
+    from_hub = not _local_folder(source, folder).is_dir()
+    return Checkpoint(role, source, path, config, task_class, skeleton, places, missing, extra, ignored, from_hub)
 
 
 def _load_config(path: Path, role: str) -> PreTrainedConfig:

@@ -50,5 +50,5 @@ def draw_scores(path: Path, rows: list[tuple[str, dict[str, float]]], title: str
     axes.set_ylabel("accuracy")
     axes.set_ylim(0, 1)
     axes.set_title(title)
-    axes.legend(ncols=len(tasks), loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False)
+    figure.legend(ncols=len(tasks), loc="outside lower center", frameon=False)
     _save(figure, path)

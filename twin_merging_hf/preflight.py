@@ -133,10 +133,13 @@ def _raise(problems: list[str]) -> None:
 
 def _check_router_layer(recipe: Recipe, first: Checkpoint) -> None:
     layer = recipe.router.layer
-    if layer is not None and recipe.router.router_pass == "full":
+    if recipe.router.router_pass == "full" and layer is None:
+        return
+    if recipe.router.router_pass == "full":
         raise TwinMergingError("`router.layer` has no meaning with `pass: full`, which reads the last state")
-    if layer is not None and layer >= first.layer_count:
-        raise TwinMergingError(f"`router.layer` is {layer}, but the model has layers 0 to {first.layer_count - 1}")
+    count = first.layer_count  # raises where the model has no list of layers
+    if layer is not None and layer >= count:
+        raise TwinMergingError(f"`router.layer` is {layer}, but the model has layers 0 to {count - 1}")
 
 
 def compare_backbones(checkpoint: Checkpoint, first: Checkpoint) -> list[str]:

@@ -113,7 +113,13 @@ def probe(model: nn.Module, seed: int = 0) -> float:
     tensors = dict(model.state_dict())
     weights = probe_weights(len(config.experts))
     inputs = random_inputs(model.shared, len(weights), seed)  # type: ignore[arg-type]
-    outputs = model.eval()(**inputs, expert_weights=weights, experts=None).expert_logits
+    try:
+        outputs = model.eval()(**inputs, expert_weights=weights).expert_logits
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise TwinMergingError(
+            f"a batch that mixes experts does not run in {config.shared_class}: {str(error).splitlines()[0]}. One of its "
+            "modules works across rows in a way that no rule covers; please report this architecture"
+        ) from error
     worst = 0.0
     for row, row_weights in enumerate(weights):
         single = {name: value[row : row + 1] for name, value in inputs.items()}

@@ -13,6 +13,7 @@ import hashlib
 import html
 import io
 import json
+import os
 import random
 import re
 import shutil
@@ -21,6 +22,10 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+
+
+# Threads that spin while they wait make a busy two-core machine several times slower. Read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import transformers
