@@ -265,11 +265,13 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
 
     def routing_logits(self, **inputs) -> torch.Tensor:
         """Router's logits [batch, expert] for a batch of model inputs, by a pass through the shared model."""
+        inputs, _ = align_left(inputs)
         return self.router(self._routing_hidden(inputs), inputs.get("attention_mask"))
 
     def routing_features(self, **inputs) -> torch.Tensor:
         """What the router scores: [batch, feature], float32 (masked mean of the routing states; shares for `projection`)."""
         router: Any = self.router
+        inputs, _ = align_left(inputs)
         return router.features(self._routing_hidden(inputs), inputs.get("attention_mask"))
 
     def _routing_hidden(self, inputs: dict) -> torch.Tensor:
@@ -357,16 +359,18 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
     def _answer(self, named: dict, kwargs: dict, experts, expert_weights, answer):
         """Resolve the weights of a call, run `answer(inputs, weights)` and shape its output for `experts="all"`."""
         return_dict = kwargs.pop("return_dict", None)
-        inputs = self._call_inputs(named, kwargs)
+        inputs, moved = align_left(self._call_inputs(named, kwargs))
         if isinstance(experts, str) and experts == ALL:
             if expert_weights is not None:
                 raise ValueError("give either `experts` or `expert_weights`, not both")
             main = self._main_input(inputs)
             repeated, weights = self._repeat_for_all(inputs, main.shape[0])
-            output = answer(repeated, weights.to(main.device))
+            if moved is not None:
+                moved = moved.repeat_interleave(len(self.expert_names))
+            output = _restore_order(answer(repeated, weights.to(main.device)), moved)
             output = type(output)(**{k: _split_rows(v, len(self.expert_names)) for k, v in output.items()})
         else:
-            output = answer(inputs, self._resolve_weights(inputs, experts, expert_weights))
+            output = _restore_order(answer(inputs, self._resolve_weights(inputs, experts, expert_weights)), moved)
         use_dict = self.config.return_dict if return_dict is None else return_dict
         return output if use_dict else output.to_tuple()
 
@@ -462,6 +466,55 @@ _CALL_KWARGS = {*TransformersKwargs.__annotations__, "return_dict"}
 def _accepted_arguments(module: nn.Module) -> set:
     parameters = inspect.signature(type(module).forward).parameters.values()
     return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {"self", "labels"}
+
+
+def align_left(inputs: dict) -> tuple[dict, torch.Tensor | None]:
+    """
+    Move each row's padding behind its tokens, so that padding on the left changes nothing: stock encoders would count
+    it as positions and pool it in place of the first token.
+
+    Returns:
+        The inputs, and by how much each row moved [batch] (None: not at all).
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.dim() != 2 or "pixel_values" in inputs:
+        return inputs, None
+    moved = (mask > 0).to(torch.int64).argmax(dim=1)
+    if not torch.compiler.is_compiling() and not bool(moved.any()):
+        return inputs, None
+    aligned = {name: inputs[name] for name in inputs}
+    for name in _INPUT_NAMES:
+        value = inputs.get(name)
+        if isinstance(value, torch.Tensor) and value.shape[:2] == mask.shape:
+            aligned[name] = _roll_rows(value, moved, 1)
+    return aligned, moved
+
+
+def _roll_rows(value: torch.Tensor, by: torch.Tensor, dim: int) -> torch.Tensor:
+    """Roll each row of a [batch, ...] tensor along `dim`: out[b, i] = value[b, i + by[b]], cyclic."""
+    size = value.shape[dim]
+    index = (torch.arange(size, device=value.device)[None] + by.to(value.device)[:, None]) % size
+    shape = [1] * value.dim()
+    shape[0], shape[dim] = index.shape
+    return value.gather(dim, index.reshape(shape).expand(value.shape))
+
+
+def _move_back(value, moved: torch.Tensor | None, dims: tuple = (1,)):
+    """Give per-token outputs (a tensor, a tuple of them, or None) the order that the caller's rows had."""
+    if moved is None or value is None:
+        return value
+    if isinstance(value, tuple):
+        return tuple(_move_back(item, moved, dims) for item in value)
+    for dim in dims:
+        value = _roll_rows(value, -moved, dim)
+    return value
+
+
+def _restore_order(output, moved: torch.Tensor | None):
+    for name, dims in (("last_hidden_state", (1,)), ("hidden_states", (1,)), ("attentions", (2, 3))):
+        if moved is not None and output.get(name) is not None:
+            output[name] = _move_back(output[name], moved, dims)
+    return output
 
 
 def _split_rows(value, count: int):

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from twin_merging_hf import modeling
 from twin_merging_hf.modeling import TwinMergingConfig
 from twin_merging_hf.modeling.deltas_twin_merging import delta_key
-from twin_merging_hf.modeling.modeling_twin_merging import AUTO_MAP
+from twin_merging_hf.modeling.modeling_twin_merging import AUTO_MAP, find_shared_class
 
 from .errors import TwinMergingError
 
@@ -263,6 +263,8 @@ class Inspection:
     """What is inside an artifact, as `inspect` prints it."""
 
     folder: str
+    task: str
+    """Name of the pipeline that serves it."""
     shared_class: str
     experts: list[dict]
     labels: list[str]
@@ -279,6 +281,7 @@ def inspect_artifact(folder: Path) -> Inspection:
     per_expert = list(zip(*config.ranks.values(), strict=True)) if config.ranks else [() for _ in config.experts]
     return Inspection(
         folder=str(folder),
+        task=pipeline_task(config),
         shared_class=config.shared_class,
         experts=config.experts,
         labels=config.label_names,
@@ -293,6 +296,12 @@ def inspect_artifact(folder: Path) -> Inspection:
         rank={e["name"]: max(ranks, default=0) for e, ranks in zip(config.experts, per_expert, strict=True)},
         provenance=config.provenance,
     )
+
+
+def pipeline_task(config: TwinMergingConfig) -> str:
+    """Name of the pipeline that serves an artifact."""
+    auto_class = find_shared_class(config.shared_class)[1]
+    return "image-classification" if auto_class == "AutoModelForImageClassification" else "text-classification"
 
 
 def factor_keys(name: str) -> tuple[str, str]:

@@ -152,7 +152,7 @@ def _build_into(folder: Path, inputs: Inputs, progress: Progress) -> tuple[dict,
         draw_confusion(folder / LAYOUT.confusion, inputs.recipe.names, router.confusion)  # type: ignore[union-attr]
     write_card(folder / LAYOUT.card, config, report, inputs.recipe.text, inputs.kind)
     config.provenance["verdict"] = asdict(verdict)
-    config.dtype = model_dtype(inputs)
+    config.dtype = config.shared_config.dtype = model_dtype(inputs)
     (folder / LAYOUT.unfinished_config).write_text(config.to_json_string(), encoding="utf-8")
     problems = check_files(folder, config)
     if problems:

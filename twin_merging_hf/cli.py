@@ -126,7 +126,7 @@ def _print_plan(plan, recipe: Path, out: Path) -> None:
 @app.command()
 def check(artifact: Annotated[Path, typer.Argument(help="Folder of an artifact.")]) -> None:
     """Tell whether an artifact is whole: config, tensors, model code, companion files."""
-    from .artifact import check_artifact
+    from .artifact import check_artifact, inspect_artifact
 
     with _errors():
         problems = check_artifact(artifact)
@@ -134,14 +134,14 @@ def check(artifact: Annotated[Path, typer.Argument(help="Folder of an artifact."
             typer.echo(f"problem: {problem}", err=True)
         if problems:
             raise typer.Exit(1)
-        typer.echo(f"{artifact} is whole\nnext: {_USE.format(artifact=artifact)}")
+        typer.echo(f"{artifact} is whole\nnext: {_USE.format(artifact=artifact, task=inspect_artifact(artifact).task)}")
 
 
 _USE = (
     "in Python:\n"
     "  import twin_merging_hf\n"
     "  from transformers import pipeline\n"
-    '  pipe = pipeline("text-classification", model="{artifact}")  # or "image-classification"'
+    '  pipe = pipeline("{task}", model="{artifact}")'
 )
 
 
