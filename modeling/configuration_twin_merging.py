@@ -144,6 +144,10 @@ class TwinMergingConfig(PreTrainedConfig):
                 f"this artifact has format_version {self.format_version}, this code knows up to {FORMAT_VERSION}; "
                 "upgrade with `pip install -U twin-merging-hf`"
             )
+        for position, expert in enumerate(self.experts):
+            missing = [key for key in ("name", "labels", "problem_type") if key not in expert]
+            if missing:
+                raise ValueError(f"`experts[{position}]` has no {missing[0]!r}")
         check_expert_names(self.expert_names)
         for expert in self.experts:
             labels = expert.get("labels")

@@ -206,7 +206,8 @@ def _layer_norm_term(module, x, output, delta, call):
 
 
 def _rms_norm_term(module, x, output, delta, call):
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", 1e-6))
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps  # torch's own RMSNorm leaves it open
     x32 = x.float()
     normed = (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
     return normed * rows_like(delta(call), x).to(x.device)
@@ -246,7 +247,7 @@ class PerRowParameters:
                 -1, *parameter.shape[1:]
             )
         if kwargs.get("interpolate_pos_encoding"):
-            return self._row_by_row(per_row, args, kwargs)
+            return self._row_by_row(per_row, call, args, kwargs)
         return type(module).forward(self._shell(per_row), *args, **kwargs)
 
     def _shell(self, parameters: dict) -> nn.Module:
@@ -255,14 +256,17 @@ class PerRowParameters:
         shell.__dict__["_parameters"] = {**self.module._parameters, **parameters}
         return shell
 
-    def _row_by_row(self, per_row: dict, args: tuple, kwargs: dict):
+    def _row_by_row(self, per_row: dict, call: CallWeights, args: tuple, kwargs: dict):
         # Interpolation reshapes the table to one row; so each row runs alone there.
         rows = []
-        batch = next(iter(per_row.values())).shape[0]
+        batch = call.weights.shape[0]
+        if batch == 1:
+            return type(self.module).forward(self._shell(per_row), *args, **kwargs)
         for b in range(batch):
             shell = self._shell({name: value[b : b + 1] for name, value in per_row.items()})
             pick = [_row(value, b, batch) for value in args], {k: _row(v, b, batch) for k, v in kwargs.items()}
-            rows.append(type(self.module).forward(shell, *pick[0], **pick[1]))
+            with self.mix.applied(call.row(b)):
+                rows.append(type(self.module).forward(shell, *pick[0], **pick[1]))
         return torch.cat(rows, dim=0)
 
 

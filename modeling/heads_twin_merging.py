@@ -68,8 +68,9 @@ class LabelSpace:
             `(logits, expert_logits)`, both [batch, label]: log-probabilities over the union (for `value`: the weighted
             number) in the dtype of `outputs`, and the raw outputs of the heads.
         """
-        dtype, raw = outputs.dtype, outputs.float()
-        prior = head_prior(weights.float().to(raw.device))
+        dtype = outputs.dtype
+        raw = outputs.to(torch.promote_types(dtype, torch.float32))
+        prior = head_prior(weights.to(raw.device, raw.dtype))
         blocks = [raw[:, start:stop] for start, stop in self.spans]
         if self.kind == "value":
             value = (torch.cat(blocks, dim=1) * prior).sum(dim=1, keepdim=True).to(dtype)

@@ -1,15 +1,17 @@
 """Which expert weights act in the call that runs now: per thread, per model, never left behind."""
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 
 
-# The weights of the running call: (owner, weights or None). A context variable, so that threads do not meet.
-_ACTIVE: ContextVar = ContextVar("twin_merging_active", default=None)
-# What `use_experts` chose: (owner, choice).
-_FORCED: ContextVar = ContextVar("twin_merging_forced", default=None)
+# Weights of the running calls, by the id of the model's mix. A context variable, so that threads do not meet; never
+# changed in place, so that what an outer call sees stays as it is.
+_ACTIVE: ContextVar[dict] = ContextVar("twin_merging_active", default={})  # noqa: B039
+# What `use_experts` chose, likewise.
+_FORCED: ContextVar[dict] = ContextVar("twin_merging_forced", default={})  # noqa: B039
 
 
 class CallWeights:
@@ -18,6 +20,10 @@ class CallWeights:
     def __init__(self, weights: torch.Tensor):
         self.weights = weights
         self._columns: dict = {}
+
+    def row(self, b: int) -> "CallWeights":
+        """The weights of one row alone."""
+        return CallWeights(self.weights[b : b + 1])
 
     def columns(self, ranks: tuple) -> torch.Tensor:
         """Repeat each expert's weight over its ranks: [batch, sum(ranks)]."""
@@ -31,13 +37,13 @@ class ExpertMix:
     """
     The one object through which a model and its hooks agree on the weights of the running call.
 
-    Eager calls keep the weights in a context variable. Two cases cannot use it and read an attribute instead: a
-    compiled graph (dynamo refuses context variables) and activation checkpointing, whose recomputation runs during
-    backward, after forward has returned and possibly in another thread.
+    Eager calls keep the weights in a context variable. A compiled graph reads an attribute instead, because dynamo
+    refuses context variables. Activation checkpointing recomputes during backward, after forward has returned and
+    possibly in another thread: `CheckpointWithWeights` brings the weights of the forward along.
     """
 
     def __init__(self):
-        self.latest: CallWeights | None = None
+        self.latest: CallWeights | None = None  # compiled graphs only
         self.forced = None
 
     def __getstate__(self):
@@ -50,24 +56,22 @@ class ExpertMix:
         """Return the weights acting now, or None when the experts are off."""
         if torch.compiler.is_compiling():
             return self.latest
-        entry = _ACTIVE.get()
-        if entry is not None and entry[0] is self:
-            return entry[1]
-        return self.latest if _in_backward() else None
+        return _ACTIVE.get().get(id(self))
 
     def current_forced(self):
         """Return the choice of the enclosing `use_experts`, or None."""
         if torch.compiler.is_compiling():
             return self.forced
-        entry = _FORCED.get()
-        return entry[1] if entry is not None and entry[0] is self else None
+        return _FORCED.get().get(id(self))
 
     @contextmanager
     def applied(self, call: CallWeights | None):
         """Let `call` act (None: experts off) until the block ends, whatever happens inside."""
-        if torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
             self.latest = call
-        token = _ACTIVE.set((self, call))
+            yield
+            return
+        token = _ACTIVE.set({**_ACTIVE.get(), id(self): call})
         try:
             yield
         finally:
@@ -76,7 +80,7 @@ class ExpertMix:
     @contextmanager
     def force(self, choice):
         """Make `choice` the answer of `current_forced` until the block ends."""
-        token, before = _FORCED.set((self, choice)), self.forced
+        token, before = _FORCED.set({**_FORCED.get(), id(self): choice}), self.forced
         self.forced = choice
         try:
             yield
@@ -85,6 +89,17 @@ class ExpertMix:
             _FORCED.reset(token)
 
 
-def _in_backward() -> bool:
-    graph_task = getattr(torch._C, "_current_graph_task_id", None)
-    return graph_task is not None and graph_task() != -1
+class CheckpointWithWeights:
+    """A checkpointing function that recomputes a layer with the expert weights that acted in its forward."""
+
+    def __init__(self, mix: ExpertMix, checkpoint: Callable):
+        self.mix, self.checkpoint = mix, checkpoint
+
+    def __call__(self, function: Callable, *args, **kwargs):
+        call = self.mix.current()
+
+        def with_weights(*inputs):
+            with self.mix.applied(call):
+                return function(*inputs)
+
+        return self.checkpoint(with_weights, *args, **kwargs)

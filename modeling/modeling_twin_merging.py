@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.models.auto import modeling_auto
@@ -24,7 +25,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, cached_file, log
 from .configuration_twin_merging import TwinMergingConfig
 from .deltas_twin_merging import ExactDelta, FactoredDelta, attach_deltas
 from .heads_twin_merging import ExpertHeads, LabelSpace
-from .mix_twin_merging import CallWeights, ExpertMix
+from .mix_twin_merging import CallWeights, CheckpointWithWeights, ExpertMix
 from .routing_twin_merging import PrefixStop, ProjectionRouter, new_router, routing_state, weights_from_logits
 
 
@@ -230,6 +231,11 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
             for name, weight in experts.items():
                 weights[0, self._expert_index(name)] = float(weight)
             return weights
+        if not isinstance(experts, (str, list, tuple)):
+            raise ValueError(
+                f"`experts` must be a name, a list of names, a dict of weights by name or {ALL!r}, got {experts!r}; this "
+                f"model has {', '.join(names)}"
+            )
         rows = [experts] if isinstance(experts, str) else list(experts)
         weights = torch.zeros(len(rows), len(names))
         for row, name in enumerate(rows):
@@ -244,7 +250,7 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
 
     def _checked_weights(self, weights: torch.Tensor) -> torch.Tensor:
         if not isinstance(weights, torch.Tensor):
-            weights = torch.as_tensor(weights)
+            raise ValueError(f"`expert_weights` must be a tensor [batch, expert], got {type(weights).__name__}")
         if weights.dim() != 2 or weights.shape[1] != len(self.expert_names):
             raise ValueError(
                 f"`expert_weights` must be [batch, expert] or [1, expert] with {len(self.expert_names)} experts, "
@@ -282,17 +288,8 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
             )
         body_inputs = {name: value for name, value in inputs.items() if name in self._body_accepts}
         # Never with gradients: activation checkpointing would replay this pass with the answer's weights.
-        with torch.no_grad(), self._applied(None):
+        with torch.no_grad(), self.mix.applied(None):
             return routing_state(lambda: self.shared.base_model(**body_inputs), self._prefix_stop)
-
-    @contextmanager
-    def _applied(self, call: CallWeights | None):
-        if torch.compiler.is_compiling():
-            self.mix.latest = call
-            yield
-        else:
-            with self.mix.applied(call):
-                yield
 
     def route(self, **inputs) -> torch.Tensor:
         """Expert weights [batch, expert], float32, that the router gives a batch of model inputs; each row sums to 1."""
@@ -305,7 +302,8 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
         """Check the arguments of a call and return those for the shared model."""
         unknown = [name for name in kwargs if name not in self._accepted and name not in _CALL_KWARGS]
         if unknown:
-            valid = sorted({*self._accepted, "labels", "expert_weights", "experts"})
+            labels = {"labels"} if self._mixes_heads else set()
+            valid = sorted({*self._accepted, *labels, "expert_weights", "experts"})
             raise ValueError(
                 f"{type(self).__name__} got an unknown argument {unknown[0]!r}; it takes {', '.join(valid)}"
             )
@@ -353,7 +351,7 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
         return repeated, torch.eye(count).repeat(batch, 1)
 
     def _run(self, module: nn.Module, inputs: dict, weights: torch.Tensor):
-        with self._applied(CallWeights(weights)):
+        with self.mix.applied(CallWeights(weights)):
             return module(**inputs, return_dict=True)
 
     def _answer(self, named: dict, kwargs: dict, experts, expert_weights, answer):
@@ -374,6 +372,12 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
         use_dict = self.config.return_dict if return_dict is None else return_dict
         return output if use_dict else output.to_tuple()
 
+    def train(self, mode: bool = True):
+        """As in PyTorch, but the router stays as it was built: its BatchNorm and dropout are for its own training."""
+        super().train(mode)
+        self.router.eval()
+        return self
+
     # ---- Transformers' contract -------------------------------------------------------------------------------
 
     def get_input_embeddings(self):
@@ -384,6 +388,16 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
 
     def get_output_embeddings(self):
         return self.shared.get_output_embeddings()
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+        settings = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and settings.get("use_reentrant"):
+            raise ValueError(
+                "reentrant activation checkpointing would run backward through the router once for each layer; use "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+        function = CheckpointWithWeights(self.mix, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, function, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -397,6 +411,8 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
         if kwargs.get("tp_plan") is not None or kwargs.get("tp_size") is not None:
             raise ValueError("tensor parallelism is not supported by Twin-Merging models; use `device_map`")
         want_info = kwargs.pop("output_loading_info", False)
+        # Tensors of another shape come back in the info, to be refused below by name.
+        kwargs["ignore_mismatched_sizes"] = True
         loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
@@ -485,8 +501,9 @@ def align_left(inputs: dict) -> tuple[dict, torch.Tensor | None]:
     aligned = {name: inputs[name] for name in inputs}
     for name in _INPUT_NAMES:
         value = inputs.get(name)
-        if isinstance(value, torch.Tensor) and value.shape[:2] == mask.shape:
-            aligned[name] = _roll_rows(value, moved, 1)
+        if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[1] == mask.shape[1]:
+            # Positions may be given once for all rows, which now move apart.
+            aligned[name] = _roll_rows(value.expand(len(mask), *value.shape[1:]), moved, 1)
     return aligned, moved
 
 
@@ -628,6 +645,8 @@ class _TwinMergingForClassification(TwinMergingPreTrainedModel):
             if not slots:
                 raise ValueError("float labels need a regression expert; this model has none (labels are class ids)")
             value = logits[:, 0] if space.kind == "value" else self._regression_value(expert_logits, weights, slots)
+            if labels.numel() != value.shape[0]:
+                raise ValueError(f"got {labels.numel()} labels for {value.shape[0]} rows")
             losses = (value.float() - labels.to(value.device).view(-1).float()).pow(2)
         else:
             if slots and torch.isin(labels, torch.tensor(slots, device=labels.device)).any():

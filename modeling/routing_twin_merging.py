@@ -27,7 +27,7 @@ class LinearRouter(nn.Module):
         return masked_mean(hidden.float(), mask)
 
     def score(self, features: torch.Tensor) -> torch.Tensor:
-        return self.classifier(features)
+        return self.classifier(features.to(self.classifier.weight.dtype))
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return self.score(self.features(hidden, mask))
@@ -52,7 +52,7 @@ class MLPRouter(LinearRouter):
         )
 
     def score(self, features: torch.Tensor) -> torch.Tensor:
-        return self.network(features)
+        return self.network(features.to(self.network[0].weight.dtype))
 
 
 class ProjectionRouter(nn.Module):
@@ -69,7 +69,7 @@ class ProjectionRouter(nn.Module):
 
     def features(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Energy shares [batch, expert], each in [0, 1]."""
-        hidden = hidden.float()
+        hidden = hidden.to(self.basis.dtype)
         inside = torch.einsum("bsd,erd->bser", hidden, self.basis).pow(2).sum(-1)
         total = hidden.pow(2).sum(-1, keepdim=True).clamp(min=1e-12)
         return masked_mean(inside / total, mask)
@@ -92,7 +92,7 @@ def new_router(config) -> nn.Module:
 
 def weights_from_logits(logits: torch.Tensor, temperature: float, top_k: int | None) -> torch.Tensor:
     """Softmax over experts at `temperature`; with `top_k`, the others are zero and the rest is renormalised."""
-    logits = logits / temperature
+    logits = logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         kept = logits.topk(top_k, dim=-1).indices
         logits = torch.full_like(logits, float("-inf")).scatter(-1, kept, logits.gather(-1, kept))
@@ -100,11 +100,7 @@ def weights_from_logits(logits: torch.Tensor, temperature: float, top_k: int | N
 
 
 class PrefixReachedError(Exception):
-    """Carries the routing states out of a shared pass that stops early. Not an error of the user's."""
-
-    def __init__(self, hidden: torch.Tensor):
-        super().__init__("prefix reached")
-        self.hidden = hidden
+    """Carries the routing states, its one argument, out of a shared pass that stops early. No error of the user's."""
 
 
 _STOPPING: ContextVar = ContextVar("twin_merging_stopping", default=None)
@@ -150,7 +146,7 @@ def routing_state(run, stop: PrefixStop | None) -> torch.Tensor:
             with stop.stopping():
                 run()
     except PrefixReachedError as reached:
-        return reached.hidden
+        return reached.args[0]
     finally:
         stop.active = False
     raise RuntimeError("the shared pass ended before the routing layer was reached")
