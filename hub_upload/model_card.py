@@ -1,5 +1,6 @@
 """The model card of an artifact, filled from its config and report."""
 
+import re
 from pathlib import Path
 
 import yaml
@@ -34,9 +35,15 @@ def render_card(config: TwinMergingConfig, report: dict, recipe_text: str, kind:
         routing=_routing(config, report),
         verdict=_verdict(report),
         size=_size(report),
+        fence=_fence(recipe_text),
         recipe=recipe_text.strip() or "# built from Python, without a recipe file",
         versions=", ".join(f"{name} {version}" for name, version in versions.items()),
     )
+
+
+def _fence(text: str) -> str:
+    """A code fence longer than any run of backticks in the text."""
+    return "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
 
 
 def write_card(path: Path, config: TwinMergingConfig, report: dict, recipe_text: str, kind: str) -> None:

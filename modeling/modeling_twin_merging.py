@@ -389,7 +389,7 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
     def get_output_embeddings(self):
         return self.shared.get_output_embeddings()
 
-    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):  # type: ignore[override]
         settings = getattr(gradient_checkpointing_func, "keywords", {})
         if enable and settings.get("use_reentrant"):
             raise ValueError(

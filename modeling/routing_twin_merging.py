@@ -52,7 +52,7 @@ class MLPRouter(LinearRouter):
         )
 
     def score(self, features: torch.Tensor) -> torch.Tensor:
-        return self.network(features.to(self.network[0].weight.dtype))
+        return self.network(features.to(next(self.network.parameters()).dtype))
 
 
 class ProjectionRouter(nn.Module):

@@ -2,9 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,14 +55,15 @@ def staged(out: Path) -> Iterator[Path]:
         TwinMergingError: `out` exists already.
     """
     refuse_existing(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{out.name}.building-"
-    for leftover in out.parent.glob(f"{prefix}*"):
-        if not _is_running(leftover.name.removeprefix(prefix)):
-            shutil.rmtree(leftover, ignore_errors=True)
-    staging = out.parent / f"{prefix}{os.getpid()}"
-    staging.mkdir()
+    made = [parent for parent in out.parents if not parent.exists()]
+    staging = out.parent / f".{out.name}.building-{os.getpid()}"
     try:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(out)
+            staging.mkdir()
+        except OSError as error:
+            raise TwinMergingError(f"{out} cannot be made: {error.strerror}: {error.filename}") from error
         yield staging
         refuse_existing(out)
         os.rename(staging / LAYOUT.unfinished_config, staging / LAYOUT.config)
@@ -69,6 +71,19 @@ def staged(out: Path) -> Iterator[Path]:
     finally:
         if staging.exists():
             shutil.rmtree(staging, ignore_errors=True)
+        if not out.exists():
+            for parent in made:
+                with suppress(OSError):
+                    parent.rmdir()
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove staging folders of `out` whose process is gone."""
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.building-(\d+)")
+    for path in out.parent.iterdir():
+        match = pattern.fullmatch(path.name)
+        if match and not _is_running(int(match.group(1))):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def refuse_existing(out: Path) -> None:
@@ -77,12 +92,12 @@ def refuse_existing(out: Path) -> None:
         raise TwinMergingError(f"{out} exists already; choose another folder or remove it first")
 
 
-def _is_running(pid: str) -> bool:
+def _is_running(pid: int) -> bool:
     try:
-        os.kill(int(pid), 0)
+        os.kill(pid, 0)
     except PermissionError:
         return True
-    except (ValueError, OSError):
+    except (OverflowError, OSError):
         return False
     return True
 
@@ -104,7 +119,7 @@ def read_config(folder: Path) -> TwinMergingConfig:
         raise TwinMergingError(f"{folder} is not an artifact: it has no {LAYOUT.config}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise TwinMergingError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(content, dict) or content.get("model_type") != TwinMergingConfig.model_type:
         raise TwinMergingError(f"{folder} is not an artifact: its config's model_type is not 'twin_merging'")
@@ -122,7 +137,9 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / LAYOUT.index).is_file():
         try:
             names = set(json.loads((folder / LAYOUT.index).read_text(encoding="utf-8"))["weight_map"].values())
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            if not all(isinstance(name, str) for name in names):
+                raise ValueError("`weight_map` must name files")
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise TwinMergingError(f"{folder / LAYOUT.index}: damaged: {error}") from error
         files = [folder / name for name in sorted(names) if Path(name).name == name]
     else:
@@ -206,10 +223,10 @@ def check_files(folder: Path, config: TwinMergingConfig) -> list[str]:
             problems.append(f"model code {source.name} is missing; it would not load with trust_remote_code")
         elif copy.read_bytes() != source.read_bytes():
             problems.append(f"model code {source.name} is not that of the installed package")
-    for name in config.provenance.get("companions", []):
-        if not (folder / name).is_file():
-            problems.append(f"{name} is missing")
-    return problems
+    companions = config.provenance.get("companions", [])
+    if not isinstance(companions, list) or not all(isinstance(name, str) for name in companions):
+        return [*problems, f"{LAYOUT.config}: `provenance.companions` must be a list of file names, got {companions!r}"]
+    return problems + [f"{name} is missing" for name in companions if not (folder / name).is_file()]
 
 
 def _check_tensors(folder: Path, config: TwinMergingConfig) -> list[str]:

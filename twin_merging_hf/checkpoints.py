@@ -49,6 +49,8 @@ class Checkpoint:
     extra: list[str]
     ignored: list[str]
     from_hub: bool = False
+    absent: list[str] = field(default_factory=list)
+    """Backbone tensors that a base's own class does not have, such as the pooler of a masked language model."""
     _handles: dict[Path, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -95,6 +97,15 @@ class Checkpoint:
     def head_tensors(self) -> list[str]:
         """Names of the tensors outside the backbone."""
         return [name for name in self.places if not name.startswith(f"{self.prefix}.")]
+
+    def contradictions(self) -> list[str]:
+        """Tensors whose shape is not what the config says, as sentences."""
+        expected = self.skeleton.state_dict()
+        return [
+            f"tensor {name!r} is {list(self.shape(name))}, but {list(expected[name].shape)} by its config.json"
+            for name in self.places
+            if self.shape(name) != expected[name].shape
+        ]
 
     def _open(self, file: Path) -> Any:
         if file not in self._handles:
@@ -147,7 +158,7 @@ def resolve(source: str, folder: Path, role: str) -> Path:
     except Exception as error:
         raise TwinMergingError(
             f"{role}: {source!r} is neither a folder ({local} does not exist) nor available from the Hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+            f"({type(error).__name__}: {next(iter(str(error).splitlines()), 'no message')})"
         ) from error
 
 
@@ -177,10 +188,16 @@ def open_checkpoint(source: str, folder: Path, role: str, like: Checkpoint | Non
         config = _with_labels(config, like.config)
     else:
         task_class = _task_class(config, role)
-    with torch.device("meta"):
-        skeleton = task_class(config)
+    try:
+        with torch.device("meta"):
+            skeleton = task_class(config)
+    except Exception as error:
+        raise TwinMergingError(
+            f"{role}: {path / 'config.json'} describes no {task_class.__name__}: {error!r}"
+        ) from error
     files = _weight_files(path, role)
     places, missing, extra, ignored = _locate(skeleton, files, role)
+    absent: list[str] = []
     if like is not None:
         known = _own_tensors(_load_config(path, role), like)
         ignored = sorted(set(ignored) | {name for name in extra if name in known})
@@ -189,8 +206,13 @@ def open_checkpoint(source: str, folder: Path, role: str, like: Checkpoint | Non
         ignored += [name for name in heads if name not in ignored]
         places = {name: place for name, place in places.items() if name not in heads}
         missing = [name for name in missing if name.startswith(f"{task_class.base_model_prefix}.")]
+        held = _own_tensors(_load_config(path, role), None)
+        absent = [name for name in missing if held and name not in held]
+        missing = [name for name in missing if name not in absent]
     from_hub = not _local_folder(source, folder).is_dir()
-    return Checkpoint(role, source, path, config, task_class, skeleton, places, missing, extra, ignored, from_hub)
+    return Checkpoint(
+        role, source, path, config, task_class, skeleton, places, missing, extra, ignored, from_hub, absent
+    )
 
 
 def _load_config(path: Path, role: str) -> PreTrainedConfig:
@@ -199,7 +221,7 @@ def _load_config(path: Path, role: str) -> PreTrainedConfig:
         hint = lora if (path / "adapter_config.json").is_file() else ""
         raise TwinMergingError(f"{role}: {path} has no config.json{hint}")
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         raise TwinMergingError(
             f"{role}: {path / 'config.json'} cannot be read as a Transformers config: {error}"
@@ -249,15 +271,9 @@ def _weight_files(path: Path, role: str) -> dict[str, Path]:
             with safe_open(path / shard, framework="pt") as handle:
                 located.update(dict.fromkeys(handle.keys(), path / shard))
         return located
-    except (
-        SafetensorError,
-        OSError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        UnicodeDecodeError,
-        json.JSONDecodeError,
-    ) as error:
+    except TwinMergingError:
+        raise
+    except (SafetensorError, OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise TwinMergingError(f"{role}: the weights in {path} are damaged: {type(error).__name__}: {error}") from error
 
 
@@ -294,17 +310,17 @@ def _locate(skeleton: PreTrainedModel, files: dict[str, Path], role: str) -> tup
     return places, missing, extra, ignored
 
 
-def _own_tensors(config: PreTrainedConfig, like: Checkpoint) -> set[str]:
-    """Names that a base checkpoint's own class would hold, as seen from the experts' class: not errors, just unused."""
+def _own_tensors(config: PreTrainedConfig, like: Checkpoint | None) -> set[str]:
+    """Names of the tensors of a base checkpoint's own class, and of the whole backbone of `like`'s class."""
     import transformers
 
     names: set[str] = set()
-    base_class = type(like.skeleton.base_model)
-    for class_name in [*(config.architectures or []), base_class.__name__]:
+    also = [] if like is None else [type(like.skeleton.base_model).__name__]
+    for class_name in [*(config.architectures or []), *also]:
         own_class = getattr(transformers, class_name, None)
         if not (isinstance(own_class, type) and issubclass(own_class, PreTrainedModel)):
             continue
         with torch.device("meta"):
             own = set(own_class(config).state_dict())
-        names |= own | {f"{like.prefix}.{name}" for name in own}
+        names |= own | {f"{own_class.base_model_prefix}.{name}" for name in own}
     return names

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import signal
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -24,17 +23,45 @@ app = typer.Typer(
 )
 
 
+class _Signals:
+    """The first interrupting signal ends the command; later ones leave its clean-up in peace."""
+
+    received: int | None = None
+
+    @classmethod
+    def listen(cls) -> None:
+        cls.received = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, cls._receive)
+
+    @classmethod
+    def _receive(cls, number: int, frame: object) -> None:
+        cls.received = number
+        for other in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    """Turn what a user can fix into one message and exit code 2, and an interruption into code 130."""
+def _errors(out: Path | None = None) -> Iterator[None]:
+    """
+    Turn what a user can fix into one message and exit code 2, and an interruption into 130 (143 for SIGTERM).
+
+    An interruption may come out of compiled code as another error; the signal that was received tells.
+    """
     try:
         yield
-    except TwinMergingError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:
-        typer.echo("interrupted; nothing was written", err=True)
-        raise typer.Exit(130) from error
+    except typer.Exit:
+        raise
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) or _Signals.received is not None:
+            written = out is None or out.exists()
+            typer.echo("interrupted" + ("" if written else "; nothing was written"), err=True)
+            raise typer.Exit(128 + (_Signals.received or signal.SIGINT)) from error
+        if isinstance(error, TwinMergingError):
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from error
+        raise
 
 
 def _version(wanted: bool) -> None:
@@ -49,8 +76,7 @@ def _main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    # A terminated build cleans up as an interrupted one does.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+    _Signals.listen()
 
 
 @app.command()
@@ -70,7 +96,11 @@ def init(
             for line in describe_look(look):
                 typer.echo(line)
         text = starter_recipe(looks, output.parent)
-        output.write_text(text, encoding="utf-8")
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise TwinMergingError(f"{output} cannot be written: {error}") from error
         typer.echo(f"\nwrote {output}\nnext: twin-merging build {output} ARTIFACT --dry-run")
         if any(look.misfits for look in looks):
             raise typer.Exit(1)
@@ -87,7 +117,7 @@ def build(
     from .builder import Progress, build_artifact, plan_build
     from .verdict import describe
 
-    with _errors():
+    with _errors(out):
         progress = Progress(quiet)
         if dry_run:
             _print_plan(plan_build(recipe, out, progress), recipe, out)

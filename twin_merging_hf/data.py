@@ -1,13 +1,16 @@
 """Labelled rows for routers and scores: JSONL files, checked line by line, and seeded splits."""
 
 import json
-import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import TwinMergingError
+from .errors import TwinMergingError, require_extra
+
+
+# Beyond this, float32 is infinite.
+_LARGEST = 3e38
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def read_rows(path: Path, kind: str, labels: list[str], regression: bool) -> lis
 def _row(line: str, where: str, kind: str, labels: list[str], regression: bool, folder: Path) -> dict:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise TwinMergingError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(row, dict):
         raise TwinMergingError(f'{where}: expected an object such as {{"{kind}": ..., "label": ...}}, got {row!r}')
@@ -64,6 +67,7 @@ def _row(line: str, where: str, kind: str, labels: list[str], regression: bool, 
         raise TwinMergingError(f"{where}: unknown key {sorted(unknown)[0]!r} (known: {', '.join(sorted(known))})")
     checked = {"label": _label(row, where, labels, regression)}
     if kind == "text":
+        _check_characters(row, where)
         checked["text"] = row["text"]
         if row.get("text_pair") is not None:
             if not isinstance(row["text_pair"], str):
@@ -73,8 +77,20 @@ def _row(line: str, where: str, kind: str, labels: list[str], regression: bool, 
     image = folder / row["image"]
     if not image.is_file():
         raise TwinMergingError(f"{where}: image {image} does not exist")
-    checked["image"] = image
+    try:
+        with require_extra("PIL.Image", "vision").open(image):
+            checked["image"] = image
+    except (OSError, SyntaxError) as error:
+        raise TwinMergingError(f"{where}: image {image} cannot be read: {error}") from error
     return checked
+
+
+def _check_characters(row: dict, where: str) -> None:
+    for key in ("text", "text_pair"):
+        try:
+            str(row.get(key) or "").encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise TwinMergingError(f"{where}: `{key}` holds half of a character: {error}") from error
 
 
 def _label(row: dict, where: str, labels: list[str], regression: bool) -> Any:
@@ -82,8 +98,8 @@ def _label(row: dict, where: str, labels: list[str], regression: bool) -> Any:
         raise TwinMergingError(f"{where}: `label` is missing")
     label = row["label"]
     if regression:
-        if isinstance(label, bool) or not isinstance(label, (int, float)) or not math.isfinite(label):
-            raise TwinMergingError(f"{where}: a regression row's `label` must be a finite number, got {label!r}")
+        if isinstance(label, bool) or not isinstance(label, (int, float)) or not abs(label) <= _LARGEST:
+            raise TwinMergingError(f"{where}: a regression row's `label` must be a finite number, got {_shown(label)}")
         return float(label)
     if isinstance(label, str) and label in labels:
         return labels.index(label)
@@ -93,6 +109,10 @@ def _label(row: dict, where: str, labels: list[str], regression: bool) -> Any:
         f"{where}: label {label!r} is none of this expert's labels ({', '.join(labels[:20])}) nor an id from 0 to "
         f"{len(labels) - 1}"
     )
+
+
+def _shown(label: Any) -> str:
+    return "one too large" if isinstance(label, int) and label.bit_length() > 999 else repr(label)[:80]
 
 
 def row_key(row: dict) -> str:

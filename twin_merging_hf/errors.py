@@ -20,8 +20,10 @@ def require_extra(module: str, extra: str) -> ModuleType:
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         package = module.split(".")[0]
+        if error.name is not None and error.name.split(".")[0] != package:
+            raise  # it is there, but what it needs is not
         raise TwinMergingError(
             f"this needs {_PIP_NAMES.get(package, package)}, which is not installed; "
             f"run `pip install 'twin-merging-hf[{extra}]'`"

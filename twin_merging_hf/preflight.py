@@ -1,7 +1,7 @@
 """Everything that can be wrong with a build's inputs, found at once and before any work."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ _NOT_FUNCTION = {
     "torch_dtype", "transformers_version", "finetuning_task", "use_cache", "gradient_checkpointing", "output_attentions",
     "output_hidden_states", "return_dict", "_attn_implementation_autoset", "initializer_range", "initializer_factor",
 }  # fmt: skip
+# Fields that older versions of Transformers wrote and newer ones leave out.
+_OLD_DEFAULTS = {"position_embedding_type": "absolute"}
 _KIND_OF_INPUT = {"input_ids": "text", "pixel_values": "image"}
 
 
@@ -76,6 +78,7 @@ def preflight(recipe: Recipe, report: Callable[[str], None] = lambda message: No
     for checkpoint in backbones:
         problems += compare_backbones(checkpoint, first)
         if checkpoint not in experts:
+            _check_absent(checkpoint, recipe, problems, notes)
             notes += [f"{checkpoint.role}: ignored head tensor {name}" for name in checkpoint.ignored]
     _attempt(problems, _check_router_layer, recipe, first)
     entries = [_attempt(problems, _entry, *pair) for pair in zip(experts, recipe.experts, strict=True)]
@@ -131,6 +134,17 @@ def _raise(problems: list[str]) -> None:
         raise TwinMergingError(f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
+def _check_absent(checkpoint: Checkpoint, recipe: Recipe, problems: list[str], notes: list[str]) -> None:
+    """A base without, say, a pooler serves only where its tensors are not merged."""
+    if not checkpoint.absent:
+        return
+    text = f"{checkpoint.role}: its class has no {_some(checkpoint.absent)}"
+    if recipe.merge_method == "linear" and recipe.shared_model is None:
+        notes.append(f"{text}; not needed by `linear`")
+    else:
+        problems.append(f"{text}, which the shared model would be made of; use `merge_method: linear`")
+
+
 def _check_router_layer(recipe: Recipe, first: Checkpoint) -> None:
     layer = recipe.router.layer
     if recipe.router.router_pass == "full" and layer is None:
@@ -155,9 +169,13 @@ def compare_backbones(checkpoint: Checkpoint, first: Checkpoint) -> list[str]:
         problems.append(
             f"{checkpoint.role}: the files hold {_some(extra)}, which a {checkpoint.task_class.__name__} does not have"
         )
+    contradictions = checkpoint.contradictions()
+    problems += [
+        f"{checkpoint.role}: {contradiction}; its files do not belong together" for contradiction in contradictions
+    ]
     for name, shape in checkpoint.backbone.items():
         other = first.backbone.get(name)
-        if other is not None and other != shape:
+        if other is not None and other != shape and not contradictions:
             remedy = "; the vocabularies differ" if "embed" in name else ""
             problems.append(
                 f"{checkpoint.role}: tensor {name!r} is {list(shape)}, but {list(other)} in {first.role}{remedy}; "
@@ -170,6 +188,9 @@ def compare_backbones(checkpoint: Checkpoint, first: Checkpoint) -> list[str]:
 
 def _compare_configs(checkpoint: Checkpoint, first: Checkpoint) -> list[str]:
     mine, others = checkpoint.config.to_dict(), first.config.to_dict()
+    for key, default in _OLD_DEFAULTS.items():
+        mine.setdefault(key, default)
+        others.setdefault(key, default)
     differing = [
         key
         for key in sorted({*mine, *others})
@@ -244,7 +265,17 @@ def _common_processing(
         )
         if parts:
             problems.append(f"{checkpoint.role}: its {what} differs from that of {first.role} in {', '.join(parts)}")
-    return common
+    return replace(common, max_tokens=min(common.max_tokens, _positions(backbones[0])))
+
+
+def _positions(checkpoint: Checkpoint) -> int:
+    """How many tokens a model has positions for; RoBERTa and its kin spend some on padding."""
+    positions = getattr(checkpoint.config, "max_position_embeddings", None)
+    if positions is None:
+        return 1 << 30
+    modules = checkpoint.skeleton.modules()
+    counts_padding = any(hasattr(module, "create_position_ids_from_input_ids") for module in modules)
+    return positions - ((checkpoint.config.pad_token_id or 0) + 1 if counts_padding else 0)
 
 
 def _rows(recipe: Recipe, entries: list[dict], kind: str, processing: Processing | None) -> list[ExpertRows] | None:

@@ -120,12 +120,13 @@ def probe(model: nn.Module, seed: int = 0) -> float:
             f"a batch that mixes experts does not run in {config.shared_class}: {str(error).splitlines()[0]}. One of its "
             "modules works across rows in a way that no rule covers; please report this architecture"
         ) from error
-    worst = 0.0
+    differences = []
     for row, row_weights in enumerate(weights):
         single = {name: value[row : row + 1] for name, value in inputs.items()}
         expected = _expected_row(model, config, tensors, row_weights, single)
         spread = max(1.0, float(expected.abs().max()))
-        worst = max(worst, float((outputs[row] - expected).abs().max()) / spread)
+        differences.append((outputs[row] - expected).abs().max() / spread)
+    worst = float(torch.stack(differences).max())  # NaN where any is
     if not worst <= TOLERANCE:
         raise TwinMergingError(
             f"the finished artifact does not compute what it should: a batch that mixes experts differs by {worst:.1e} from "

@@ -39,6 +39,8 @@ class Processing:
     kind: str
     """`text` or `image`."""
     processor: Any
+    max_tokens: int = _MAX_TOKENS
+    """Longer texts are cut: what the model has positions for, or what the tokenizer says."""
 
     def signature(self) -> dict[str, Any]:
         """Everything about the processor that changes its output, part by part, for comparison."""
@@ -52,9 +54,10 @@ class Processing:
         if backend is not None:
             content = json.loads(backend.to_str())
             parts.update({key: content.get(key) for key in ("normalizer", "pre_tokenizer", "post_processor")})
+            parts["model"] = {key: value for key, value in content.get("model", {}).items() if key != "vocab"}
         return parts
 
-    def inputs(self, rows: list[dict], max_tokens: int = _MAX_TOKENS) -> dict[str, torch.Tensor]:
+    def inputs(self, rows: list[dict], max_tokens: int | None = None) -> dict[str, torch.Tensor]:
         """
         Turn data rows into one padded batch of model inputs.
 
@@ -66,17 +69,19 @@ class Processing:
             images = [_open_image(row["image"]) for row in rows]
             batch = self.processor(images=images, return_tensors="pt")
         else:
-            pairs = [row.get("text_pair") for row in rows]
-            limit = min(max_tokens, self.processor.model_max_length)
-            batch = self.processor(
-                [row["text"] for row in rows],
-                [pair or "" for pair in pairs] if any(pairs) else None,
-                padding=True,
-                truncation=True,
-                max_length=limit,
-                return_tensors="pt",
-            )
+            limit = min(max_tokens or self.max_tokens, self.processor.model_max_length)
+            batch = self._tokenize(rows, limit)
         return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+
+    def _tokenize(self, rows: list[dict], limit: int) -> Any:
+        options = {"truncation": True, "max_length": limit}
+        pairs = [row.get("text_pair") for row in rows]
+        if all(pair is None for pair in pairs) or None not in pairs:
+            second = None if pairs[0] is None else pairs
+            return self.processor([row["text"] for row in rows], second, padding=True, return_tensors="pt", **options)
+        # A row without a second text stays one text, also beside rows that have two.
+        each = [self.processor(row["text"], pair, **options) for row, pair in zip(rows, pairs, strict=True)]
+        return self.processor.pad(each, padding=True, return_tensors="pt")
 
 
 def _open_image(image: Any) -> Any:

@@ -135,7 +135,7 @@ def load_recipe(path: str | Path) -> Recipe:
         content = yaml.load(text, Loader=_StrictLoader)
     except UnicodeDecodeError as error:
         raise TwinMergingError(f"{path}: not UTF-8 text ({error})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError, KeyError) as error:
         raise TwinMergingError(f"{path}: not valid YAML: {error}") from error
     try:
         return parse_recipe(content, folder=path.parent, text=text)
@@ -160,7 +160,7 @@ def parse_recipe(content: Any, folder: Path = Path("."), text: str = "") -> Reci
         check_expert_names([expert.name for expert in experts])
     except ValueError as error:
         raise TwinMergingError(f"`experts`: {error}") from error
-    parameters = _mapping(content.get("parameters") or {}, "`parameters`", ("lambda", "normalize"))
+    parameters = _mapping(_or(content.get("parameters"), {}), "`parameters`", ("lambda", "normalize"))
     recipe = Recipe(
         experts=experts,
         base_model=_optional_text(content, "base_model"),
@@ -218,7 +218,7 @@ def _expert(raw: Any, index: int, folder: Path) -> ExpertSpec:
             raise TwinMergingError(
                 f"{where}: `labels` must be a list of different names (quote numbers), got {labels!r}"
             )
-    parameters = _mapping(raw.get("parameters") or {}, f"{where}: `parameters`", ("weight",))
+    parameters = _mapping(_or(raw.get("parameters"), {}), f"{where}: `parameters`", ("weight",))
     return ExpertSpec(
         name=name,
         model=model,
@@ -245,7 +245,7 @@ def _data(raw: Any, where: str, folder: Path) -> DataFiles | None:
 
 
 def _exclusive(raw: Any) -> Exclusive:
-    raw = _mapping(raw or {}, "`exclusive`", ("method", "rank", "ratio", "dtype"))
+    raw = _mapping(_or(raw, {}), "`exclusive`", ("method", "rank", "ratio", "dtype"))
     if "rank" in raw and "ratio" in raw:
         raise TwinMergingError("`exclusive`: give either `rank` or `ratio`, not both")
     ratio = raw.get("ratio")
@@ -263,7 +263,7 @@ def _router(raw: Any) -> RouterSettings:
     if isinstance(raw, str):
         raw = {"type": raw}
     keys = ("type", "layer", "pass", "temperature", "top_k", "epochs", "lr", "rank", "rows")
-    raw = _mapping(raw or {}, "`router`", keys)
+    raw = _mapping(_or(raw, {}), "`router`", keys)
     kind = _choice(raw, "type", ("auto", *ROUTER_TYPES), "auto")
     return RouterSettings(
         type=kind,
@@ -292,6 +292,10 @@ def _mapping(raw: Any, where: str, keys: tuple[str, ...]) -> dict:
     return raw
 
 
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
 def _choice(raw: dict, key: str, choices: tuple[str, ...], default: Any) -> Any:
     value = raw.get(key, default)
     if value is not default and value not in choices:
@@ -301,15 +305,17 @@ def _choice(raw: dict, key: str, choices: tuple[str, ...], default: Any) -> Any:
 
 def _integer(raw: dict, key: str, default: int, least: int) -> int:
     value = raw.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise TwinMergingError(f"`{key}` must be an integer of at least {least}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 63:
+        shown = "one too large" if isinstance(value, int) and value > least else repr(value)
+        raise TwinMergingError(f"`{key}` must be an integer of at least {least} (and below 2**63), got {shown}")
     return value
 
 
 def _number(raw: dict, key: str, default: float) -> float:
     value = raw.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
-        raise TwinMergingError(f"`{key}` must be a number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
+        shown = "one too large" if isinstance(value, int) and value.bit_length() > 999 else repr(value)
+        raise TwinMergingError(f"`{key}` must be a number, got {shown}")
     return float(value)
 
 
@@ -335,7 +341,7 @@ def _optional_text(raw: dict, key: str) -> str | None:
 
 
 def _patterns(raw: dict, key: str) -> tuple[str, ...]:
-    value = raw.get(key) or []
+    value = _or(raw.get(key), [])
     patterns = [value] if isinstance(value, str) else value
     if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
         raise TwinMergingError(f"`{key}` must be a regular expression or a list of them, got {value!r}")
@@ -359,6 +365,8 @@ def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool 
     return loader.construct_mapping(node, deep=deep)
 
 
-_StrictLoader.add_constructor(
-    yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, lambda loader, node: _unique_mapping(loader, node, True)
-)
+def _construct_unique(loader: Any, node: Any) -> dict:
+    return _unique_mapping(loader, node, deep=True)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_unique)

@@ -1,10 +1,13 @@
 """`init`: look at checkpoints, tell which fit together and why not, and write a starter recipe."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+
+from twin_merging_hf.modeling.configuration_twin_merging import RESERVED_EXPERT_NAMES
 
 from .checkpoints import Checkpoint, open_checkpoint
 from .errors import TwinMergingError
@@ -21,6 +24,7 @@ class Look:
     checkpoint: Checkpoint
     processing: Processing | None
     misfits: list[str]
+    is_base: bool = False
 
 
 def look_at(models: list[str], base: str | None, folder: Path) -> list[Look]:
@@ -36,11 +40,11 @@ def look_at(models: list[str], base: str | None, folder: Path) -> list[Look]:
         looks.append(_look(name, source, checkpoint, looks[0] if looks else None))
     if base is not None:
         checkpoint = open_checkpoint(base, folder, "base model", like=looks[0].checkpoint)
-        looks.append(_look("base", base, checkpoint, looks[0]))
+        looks.append(_look("base", base, checkpoint, looks[0], is_base=True))
     return looks
 
 
-def _look(name: str, source: str, checkpoint: Checkpoint, first: Look | None) -> Look:
+def _look(name: str, source: str, checkpoint: Checkpoint, first: Look | None, is_base: bool = False) -> Look:
     processing = load_processing(checkpoint.path, input_kind(checkpoint), checkpoint.role)
     misfits: list[str] = []
     if first is not None:
@@ -50,19 +54,20 @@ def _look(name: str, source: str, checkpoint: Checkpoint, first: Look | None) ->
         else:
             misfits += compare_backbones(checkpoint, first.checkpoint)
             if processing is not None and first.processing is not None:
-                only = ("vocabulary",) if name == "base" else None
+                only = ("vocabulary",) if is_base else None
                 parts = differing_parts(processing, first.processing, only)
                 misfits += [f"tokenizer or image processor differs in {', '.join(parts)}"] if parts else []
-    return Look(name, source, checkpoint, processing, misfits)
+    return Look(name, source, checkpoint, processing, misfits, is_base)
 
 
 def _names(models: list[str]) -> list[str]:
     names: list[str] = []
     for model in models:
         stem = model.split("@")[0].rstrip("/").split("/")[-1] or "expert"
-        name = "".join(c if c.isalnum() or c in "_.-" else "-" for c in stem)
-        taken = {n.lower() for n in names}
-        names.append(name if name.lower() not in taken else f"{name}-{len(names) + 1}")
+        name = re.sub(r"[^A-Za-z0-9_.-]", "-", stem)
+        taken = {taken.lower() for taken in names} | set(RESERVED_EXPERT_NAMES)
+        candidates = (name, *(f"{name}-{number}" for number in range(2, len(models) + 2)))
+        names.append(next(candidate for candidate in candidates if candidate.lower() not in taken))
     return names
 
 
@@ -71,7 +76,7 @@ def describe_look(look: Look) -> list[str]:
     checkpoint = look.checkpoint
     numbers = sum(shape.numel() for shape in checkpoint.backbone.values())
     labels = list((checkpoint.config.id2label or {}).values())
-    head = "" if look.name == "base" else f", {len(labels)} labels: {', '.join(map(str, labels[:6]))}"
+    head = "" if look.is_base else f", {len(labels)} labels: {', '.join(map(str, labels[:6]))}"
     fits = "fits" if not look.misfits else "does not fit"
     kind = checkpoint.task_class.__name__
     return [
@@ -87,8 +92,8 @@ def starter_recipe(looks: list[Look], recipe_folder: Path) -> str:
     Raises:
         TwinMergingError: fewer than one expert is left.
     """
-    fitting = [look for look in looks if not look.misfits and look.name != "base"]
-    base = next((look for look in looks if look.name == "base" and not look.misfits), None)
+    fitting = [look for look in looks if not look.misfits and not look.is_base]
+    base = next((look for look in looks if look.is_base and not look.misfits), None)
     if not fitting:
         raise TwinMergingError("no checkpoint is left to build from")
     content: dict = {}

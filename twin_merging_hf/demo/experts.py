@@ -17,7 +17,7 @@ from twin_merging_hf.demo.digits import IMAGE_SIZE, TASKS, Splits, Task, render,
 try:  # Transformers 5 without torchvision: the PIL version has a name of its own.
     from transformers import ViTImageProcessorPil as ImageProcessor
 except ImportError:
-    from transformers import ViTImageProcessor as ImageProcessor
+    from transformers import ViTImageProcessor as ImageProcessor  # type: ignore[assignment]
 
 
 Progress = Callable[[str], None]

@@ -1,0 +1,285 @@
+"""Each rule alone: a module with hooked deltas computes, row by row, what it computes with densely merged weights."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.vit.modeling_vit import ViTEmbeddings
+from transformers.pytorch_utils import Conv1D
+
+from tests import tiny
+from tests.modeling.dense import assert_close, columns, dense_logits, row
+from twin_merging_hf.modeling.deltas_twin_merging import attach_deltas, rows_like
+from twin_merging_hf.modeling.mix_twin_merging import CallWeights, ExpertMix
+
+
+WEIGHTS = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.2, 0.3, 0.4], [0.0, 0.0, 1.0]])
+BATCH = len(WEIGHTS)
+RANKS = [2, 0, 3]  # ranks may differ between experts, and be zero
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def is_vector(parameter: torch.Tensor) -> bool:
+    return parameter.dim() == 1 or parameter.shape[:2] == (1, 1)
+
+
+class Hooked:
+    """A module with random deltas on some of its parameters, and the dense weights they stand for."""
+
+    def __init__(self, module: nn.Module, names: list[str] | None = None):
+        self.module, self.mix = module.eval(), ExpertMix()
+        with torch.no_grad():
+            for i, parameter in enumerate(module.parameters()):
+                parameter.copy_(draw(*parameter.shape, seed=i))
+        self.own = {name: value.detach().clone() for name, value in module.named_parameters()}
+        names = list(self.own) if names is None else names
+        ranks = {name: RANKS for name in names if not is_vector(self.own[name])}
+        exact = [name for name in names if is_vector(self.own[name])]
+        self.deltas = attach_deltas(module, self.mix, ranks, exact, len(RANKS))
+        self.dense: dict[str, list[torch.Tensor]] = {}
+        with torch.no_grad():
+            for i, name in enumerate(names):
+                delta = self.deltas[name.replace(".", "-")]
+                for j, parameter in enumerate(delta.parameters()):
+                    parameter.copy_(draw(*parameter.shape, seed=100 + 10 * i + j))
+                if name in exact:
+                    self.dense[name] = list(delta.delta)
+                else:
+                    ups, downs = delta.up.split(RANKS, dim=1), delta.down.split(RANKS, dim=0)
+                    shape = self.own[name].shape
+                    self.dense[name] = [(up @ down).reshape(shape) for up, down in zip(ups, downs, strict=True)]
+
+    def mixed(self, *args: Any, weights: torch.Tensor = WEIGHTS, **kwargs: Any) -> torch.Tensor:
+        """One call for all rows."""
+        with torch.no_grad(), self.mix.applied(CallWeights(weights)):
+            return self.module(*args, **kwargs)
+
+    def alone(self, weights: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The same module with dense weights, experts off."""
+        state = dict(self.own)
+        for name, deltas in self.dense.items():
+            state[name] = state[name] + sum(w * d for w, d in zip(weights, deltas, strict=True))
+        with torch.no_grad(), self.mix.applied(None):
+            return functional_call(self.module, state, args, kwargs)
+
+
+def assert_rows_are_dense(hooked: Hooked, x: torch.Tensor, **kwargs: Any) -> None:
+    """Every row of a mixed call equals the dense call of that row, and the deltas do act."""
+    output = hooked.mixed(x, **kwargs)
+    per_row = len(x) // BATCH
+    for b, weights in enumerate(WEIGHTS):
+        rows = slice(b * per_row, (b + 1) * per_row)
+        expected = hooked.alone(weights, x[rows], **kwargs)
+        assert_close(output[rows], expected, 1e-4)
+    plain = hooked.alone(torch.zeros(3), x, **kwargs)
+    assert (output - plain).abs().max() > 0.1
+    with torch.no_grad():
+        assert torch.equal(hooked.module(x, **kwargs), plain)  # outside a call the experts are off
+
+
+FLOAT_INPUTS: dict[str, tuple[Any, tuple]] = {
+    "linear": (lambda: nn.Linear(6, 5), (5, 6)),
+    "linear without bias": (lambda: nn.Linear(6, 5, bias=False), (5, 6)),
+    "linear on one vector for each row": (lambda: nn.Linear(6, 5), (6,)),
+    "linear on heads": (lambda: nn.Linear(6, 5), (2, 3, 6)),
+    "conv1d": (lambda: Conv1D(5, 6), (4, 6)),
+    "layer norm": (lambda: nn.LayerNorm(6), (5, 6)),
+    "layer norm without bias": (lambda: nn.LayerNorm(6, bias=False), (5, 6)),
+    "layer norm of another eps": (lambda: nn.LayerNorm(6, eps=0.5), (5, 6)),
+    "llama's rms norm": (lambda: LlamaRMSNorm(6, eps=0.3), (5, 6)),
+    "torch's rms norm": (lambda: nn.RMSNorm(6, eps=0.3), (5, 6)),
+    "torch's rms norm of the default eps": (lambda: nn.RMSNorm(6), (5, 6)),
+    "conv2d on patches": (lambda: nn.Conv2d(3, 5, kernel_size=4, stride=4), (3, 8, 8)),
+    "conv2d": (lambda: nn.Conv2d(3, 5, 3, stride=2, padding=2, dilation=2), (3, 9, 7)),
+    "conv2d without bias": (lambda: nn.Conv2d(3, 5, (1, 3), padding="same", bias=False), (3, 5, 5)),
+}
+
+
+@pytest.mark.parametrize(("new", "shape"), FLOAT_INPUTS.values(), ids=FLOAT_INPUTS)
+def test_the_rule_equals_dense_weights_row_by_row(new, shape):
+    torch.manual_seed(0)
+    assert_rows_are_dense(Hooked(new()), draw(BATCH, *shape, seed=7))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("new", [lambda: nn.Linear(6, 5), lambda: nn.LayerNorm(6)], ids=["linear", "layer norm"])
+def test_a_parameter_may_have_a_delta_alone(new, name):
+    assert_rows_are_dense(Hooked(new(), [name]), draw(BATCH, 5, 6, seed=7))
+
+
+def test_a_layer_norm_whose_scale_is_zero_still_gets_its_delta():
+    hooked = Hooked(nn.LayerNorm(6))
+    with torch.no_grad():
+        hooked.module.weight.zero_()
+    hooked.own["weight"] = torch.zeros(6)
+    assert_rows_are_dense(hooked, draw(BATCH, 5, 6))
+
+
+def test_embedding_equals_dense_tables_row_by_row():
+    assert_rows_are_dense(Hooked(nn.Embedding(9, 6)), torch.arange(BATCH * 5).reshape(BATCH, 5) % 9)
+
+
+def test_embedding_of_positions_shared_by_all_rows_gives_each_row_its_own():
+    hooked = Hooked(nn.Embedding(9, 6))
+    positions = torch.tensor([3, 1, 4, 1])
+    for ids in (positions, positions[None]):
+        output = hooked.mixed(ids)
+        assert output.shape == (BATCH, 4, 6)
+        for b, weights in enumerate(WEIGHTS):
+            assert_close(output[b], hooked.alone(weights, positions), 1e-4)
+
+
+def test_embedding_with_a_padding_index_looks_up_that_row_s_delta_too():
+    assert_rows_are_dense(Hooked(nn.Embedding(9, 6, padding_idx=0)), torch.tensor([[0, 1, 2]] * BATCH))
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("new", [lambda: nn.Linear(6, 5), lambda: nn.LayerNorm(6), lambda: Conv1D(5, 6)])
+def test_rows_that_a_module_folds_into_the_batch_keep_their_weights(new):
+    # Patches or windows of one row follow each other: [batch * k, d].
+    assert_rows_are_dense(Hooked(new()), draw(BATCH * 3, 6, seed=7))
+
+
+def test_one_row_broadcasts_to_every_row_of_the_batch():
+    hooked, x = Hooked(nn.Linear(6, 5)), draw(1, 4, 6, seed=7)
+    output = hooked.mixed(x)
+    assert output.shape == (BATCH, 4, 5)
+    for b, weights in enumerate(WEIGHTS):
+        assert_close(output[b : b + 1], hooked.alone(weights, x), 1e-4)
+
+
+def test_rows_that_cannot_be_matched_raise():
+    for new in (lambda: nn.Linear(6, 5), lambda: nn.LayerNorm(6)):
+        with pytest.raises(ValueError, match="6 rows where the batch has 4"):
+            Hooked(new()).mixed(draw(BATCH + 2, 5, 6))
+
+
+def test_rows_like_shapes_values_for_every_kind_of_input():
+    values = draw(4, 3)
+    assert torch.equal(rows_like(values, torch.zeros(4, 7, 3)), values[:, None, :])
+    assert torch.equal(rows_like(values, torch.zeros(4, 2, 7, 3)), values[:, None, None, :])
+    assert torch.equal(rows_like(values, torch.zeros(1, 7, 3)), values[:, None, :])
+    assert torch.equal(rows_like(values, torch.zeros(8, 3)), values.repeat_interleave(2, dim=0))
+    assert torch.equal(rows_like(values, torch.zeros(4, 3, 5, 5), feature_dims=3), values)
+    one = values[:1]
+    assert torch.equal(rows_like(one, torch.zeros(6, 3)), one.expand(6, -1))
+    with pytest.raises(ValueError, match="5 rows where the batch has 4"):
+        rows_like(values, torch.zeros(5, 3))
+
+
+def test_an_input_given_by_keyword_is_found():
+    hooked, x = Hooked(nn.Linear(6, 5)), draw(BATCH, 6)
+    assert torch.equal(hooked.mixed(input=x), hooked.mixed(x))
+
+
+# ---- bare parameters ------------------------------------------------------------------------------------------------
+
+
+def vit_embeddings() -> nn.Module:
+    return ViTEmbeddings(tiny.new_config("vit", hidden_dropout_prob=0.0))
+
+
+def test_class_token_and_position_table_equal_dense_ones_row_by_row():
+    hooked = Hooked(vit_embeddings())
+    assert {"cls_token", "position_embeddings"} <= set(hooked.dense)
+    assert_rows_are_dense(hooked, draw(BATCH, 3, tiny.IMAGE, tiny.IMAGE))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (24, 24), (8, 20)], ids=str)
+def test_an_interpolated_position_table_equals_the_dense_one_row_by_row(size):
+    assert_rows_are_dense(Hooked(vit_embeddings()), draw(BATCH, 3, *size), interpolate_pos_encoding=True)
+
+
+def test_one_row_of_weights_holds_for_every_picture():
+    hooked, x = Hooked(vit_embeddings()), draw(BATCH, 3, 24, 24)
+    for options in ({}, {"interpolate_pos_encoding": True}):
+        pixels = x[..., :16, :16] if not options else x
+        expected = hooked.alone(WEIGHTS[2], pixels, **options)
+        assert_close(hooked.mixed(pixels, weights=WEIGHTS[2:3].expand(BATCH, -1), **options), expected, 1e-4)
+
+
+@torch.no_grad()
+def test_pictures_of_another_size_equal_their_dense_models(world, models):
+    model, inputs = models("vit"), tiny.image_batch(BATCH, size=24)
+    output = model(**inputs, expert_weights=WEIGHTS, interpolate_pos_encoding=True)
+    for i, weights in enumerate(WEIGHTS):
+        single = {**row(inputs, i), "interpolate_pos_encoding": True}
+        expected = dense_logits(model, "vit", world.experts("vit"), weights, "b", single)
+        assert_close(output.expert_logits[i : i + 1, columns(model, "b")], expected)
+
+
+@torch.no_grad()
+def test_pictures_of_another_size_are_routed_alone_as_in_a_batch(models):
+    model, inputs = models("vit"), tiny.image_batch(3, size=24)
+    together = model(**inputs, interpolate_pos_encoding=True)
+    for i in range(3):
+        alone = model(pixel_values=inputs["pixel_values"][i : i + 1], interpolate_pos_encoding=True)
+        assert_close(alone.expert_weights, together.expert_weights[i : i + 1])
+        assert_close(alone.expert_logits, together.expert_logits[i : i + 1])
+
+
+# ---- what has no rule -----------------------------------------------------------------------------------------------
+
+
+class ScaledLinear(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Bare(nn.Module):
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(*shape))
+
+
+NO_RULE: dict[str, tuple[Any, str]] = {
+    "a subclass of Linear": (lambda: ScaledLinear(6, 5), "weight"),
+    "a subclass of Embedding": (lambda: BartLearnedPositionalEmbedding(9, 6), "weight"),
+    "an embedding that rescales": (lambda: nn.Embedding(9, 6, max_norm=1.0), "weight"),
+    "a grouped convolution": (lambda: nn.Conv2d(4, 4, 3, groups=2), "weight"),
+    "a convolution that reflects": (lambda: nn.Conv2d(3, 5, 3, padding=1, padding_mode="reflect"), "weight"),
+    "a batch norm": (lambda: nn.BatchNorm1d(6), "weight"),
+    "a batch norm's bias": (lambda: nn.BatchNorm1d(6), "bias"),
+    "a transposed convolution": (lambda: nn.ConvTranspose2d(3, 5, 3), "weight"),
+    "a bilinear layer": (lambda: nn.Bilinear(3, 4, 5), "weight"),
+    "a bare vector": (lambda: Bare(6), "scale"),
+    "a bare matrix": (lambda: Bare(5, 6), "scale"),
+}
+
+
+@pytest.mark.parametrize(("new", "name"), NO_RULE.values(), ids=NO_RULE)
+def test_an_owner_without_a_rule_raises_and_is_named(new, name):
+    owner = new()
+    is_exact = dict(owner.named_parameters())[name].dim() == 1
+    ranks, exact = ({}, [name]) if is_exact else ({name: RANKS}, [])
+    with pytest.raises(ValueError, match=f"'{name}'.*{type(owner).__name__}"):
+        attach_deltas(owner, ExpertMix(), ranks, exact, 3)
+
+
+def test_a_delta_of_a_parameter_that_is_not_there_raises_and_names_it():
+    with pytest.raises(ValueError, match="'wieght'"):
+        attach_deltas(nn.Linear(6, 5), ExpertMix(), {"wieght": RANKS}, [], 3)
+
+
+def test_tied_parameters_with_one_rule_share_one_delta():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+            self.two.weight = self.one.weight
+
+        def forward(self, x):
+            return self.two(torch.tanh(self.one(x)))
+
+    hooked = Hooked(Twice())
+    assert list(hooked.deltas) == ["one-weight"]
+    assert_rows_are_dense(hooked, draw(BATCH, 5, 6, seed=7))
