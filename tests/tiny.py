@@ -37,6 +37,7 @@ _WIDTHS = {
     "intermediate_size": 64,
 }
 _TEXT = {**_WIDTHS, "vocab_size": VOCABULARY, "max_position_embeddings": 66}
+_DECODER = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
 _ARCHITECTURES: dict[str, tuple[str, str, dict]] = {
     "bert": ("BertConfig", "BertForSequenceClassification", _TEXT),
     "roberta": (
@@ -51,7 +52,30 @@ _ARCHITECTURES: dict[str, tuple[str, str, dict]] = {
          "max_position_embeddings": 66},
     ),
     "vit": ("ViTConfig", "ViTForImageClassification", {**_WIDTHS, "image_size": IMAGE, "patch_size": 4}),
+    # Families that have no suite of their own, see test_families.py.
+    "electra": ("ElectraConfig", "ElectraForSequenceClassification", {**_TEXT, "embedding_size": HIDDEN}),
+    "modernbert": ("ModernBertConfig", "ModernBertForSequenceClassification", {**_TEXT, "pad_token_id": 0}),
+    "gpt2": (
+        "GPT2Config",
+        "GPT2ForSequenceClassification",
+        {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": 66, **_DECODER},
+    ),
+    "llama": ("LlamaConfig", "LlamaForSequenceClassification", {**_TEXT, "num_key_value_heads": 2, **_DECODER}),
+    "qwen2": ("Qwen2Config", "Qwen2ForSequenceClassification", {**_TEXT, "num_key_value_heads": 2, **_DECODER}),
+    "albert": ("AlbertConfig", "AlbertForSequenceClassification", {**_TEXT, "embedding_size": 16}),
+    "deberta": (
+        "DebertaV2Config",
+        "DebertaV2ForSequenceClassification",
+        {**_TEXT, "relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]},
+    ),
+    "deit": ("DeiTConfig", "DeiTForImageClassification", {**_WIDTHS, "image_size": IMAGE, "patch_size": 4}),
+    "convnext": (
+        "ConvNextConfig",
+        "ConvNextForImageClassification",
+        {"image_size": IMAGE, "patch_size": 2, "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
+    ),
 }  # fmt: skip
+IMAGE_KINDS = ("vit", "deit", "convnext")
 
 
 def new_config(kind: str, labels: Sequence[str] = ("x", "y"), **fields: Any) -> transformers.PreTrainedConfig:
@@ -108,7 +132,7 @@ def save_tokenizer(folder: Path) -> None:
 
 def save_processor(kind: str, folder: Path) -> None:
     """Tokenizer or image processor of a kind, beside a checkpoint."""
-    if kind == "vit":
+    if kind in IMAGE_KINDS:
         size = {"height": IMAGE, "width": IMAGE}
         transformers.ViTImageProcessorPil(size=size).save_pretrained(folder)
     else:
@@ -133,7 +157,7 @@ def write_data(kind: str, folder: Path, name: str, labels: Sequence[str], task: 
     lines = []
     for i in range(rows):
         label: Any = round(rng.uniform(-1, 1), 3) if len(labels) == 1 else rng.choice(list(labels))
-        if kind == "vit":
+        if kind in IMAGE_KINDS:
             file = folder / "images" / f"{name}{i}.png"
             file.parent.mkdir(exist_ok=True)
             picture(task, i + 1000 * task).save(file)
@@ -229,4 +253,4 @@ def image_batch(rows: int, seed: int = 0, size: int = IMAGE) -> dict[str, torch.
 
 def batch(kind: str, rows: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random model inputs of a kind."""
-    return image_batch(rows, seed) if kind == "vit" else text_batch(rows, seed)
+    return image_batch(rows, seed) if kind in IMAGE_KINDS else text_batch(rows, seed)

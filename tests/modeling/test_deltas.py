@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from transformers import Dinov2Config
 from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.vit.modeling_vit import ViTEmbeddings
 from transformers.pytorch_utils import Conv1D
@@ -197,6 +199,14 @@ def test_class_token_and_position_table_equal_dense_ones_row_by_row():
 @pytest.mark.parametrize("size", [(16, 16), (24, 24), (8, 20)], ids=str)
 def test_an_interpolated_position_table_equals_the_dense_one_row_by_row(size):
     assert_rows_are_dense(Hooked(vit_embeddings()), draw(BATCH, 3, *size), interpolate_pos_encoding=True)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (24, 24)], ids=str)
+def test_a_table_that_its_module_interpolates_unasked_equals_the_dense_one_row_by_row(size):
+    config = Dinov2Config(hidden_size=8, num_attention_heads=1, image_size=16, patch_size=4, hidden_dropout_prob=0.0)
+    module = Dinov2Embeddings(config)
+    names = [name for name, _ in module.named_parameters() if name != "mask_token"]
+    assert_rows_are_dense(Hooked(module, names), draw(BATCH, 3, *size))
 
 
 def test_one_row_of_weights_holds_for_every_picture():

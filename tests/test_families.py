@@ -1,0 +1,46 @@
+"""Families beyond the four that have a suite of their own: what works is exact, what does not is refused by name."""
+
+import pytest
+import torch
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+
+from tests import tiny
+from twin_merging_hf.builder import Progress, build_artifact
+from twin_merging_hf.errors import TwinMergingError
+
+
+FULL_RANK = {"method": "svd", "rank": tiny.FULL_RANK}
+
+
+def auto_class(kind: str):
+    return AutoModelForImageClassification if kind in tiny.IMAGE_KINDS else AutoModelForSequenceClassification
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["electra", "modernbert", "gpt2", "llama", "qwen2", "deit"])
+def test_each_row_of_a_mixed_batch_is_answered_as_by_its_own_expert(kind, tmp_path):
+    folder = tiny.make_experts(kind, tmp_path, {"a": ["x", "y"], "b": ["p", "q", "r"]})
+    recipe = tiny.write_recipe(folder, ("a", "b"), exclusive=FULL_RANK)
+    build_artifact(recipe, tmp_path / "out", Progress(quiet=True))
+    model = auto_class(kind).from_pretrained(tmp_path / "out").eval()
+    inputs = tiny.batch(kind, 4)
+    output = model(**inputs, experts=["a", "b", "b", "a"]).expert_logits
+    for name, rows in (("a", [0, 3]), ("b", [1, 2])):
+        expert = auto_class(kind).from_pretrained(folder / name).eval()
+        columns = model.label_space.columns(["a", "b"].index(name))
+        torch.testing.assert_close(output[rows][:, columns], expert(**inputs).logits[rows], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("albert", "no list of layers"),
+        ("deberta", "does not run in DebertaV2ForSequenceClassification"),
+        ("convnext", "no rule can apply a delta of it per row"),
+    ],
+)
+def test_a_family_without_a_rule_is_refused_and_nothing_is_written(kind, reason, tmp_path):
+    folder = tiny.make_experts(kind, tmp_path / "in", {"a": ["x", "y"], "b": ["p", "q", "r"]})
+    with pytest.raises(TwinMergingError, match=reason):
+        build_artifact(tiny.write_recipe(folder, ("a", "b")), tmp_path / "out", Progress(quiet=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
