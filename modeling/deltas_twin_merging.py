@@ -246,33 +246,36 @@ class PerRowParameters:
             per_row[attribute] = parameter + delta(call).to(device=parameter.device, dtype=parameter.dtype).reshape(
                 -1, *parameter.shape[1:]
             )
-        if kwargs.get("interpolate_pos_encoding"):
-            return self._row_by_row(per_row, call, args, kwargs)
         return type(module).forward(self._shell(per_row), *args, **kwargs)
 
     def _shell(self, parameters: dict) -> nn.Module:
         shell = object.__new__(type(self.module))
         shell.__dict__.update(self.module.__dict__)
         shell.__dict__["_parameters"] = {**self.module._parameters, **parameters}
+        if hasattr(type(self.module), "interpolate_pos_encoding"):
+            shell.__dict__["interpolate_pos_encoding"] = RowByRowInterpolation(self, parameters)
         return shell
 
-    def _row_by_row(self, per_row: dict, call: CallWeights, args: tuple, kwargs: dict):
-        # Interpolation reshapes the table to one row; so each row runs alone there.
-        rows = []
-        batch = call.weights.shape[0]
-        if batch == 1:
-            return type(self.module).forward(self._shell(per_row), *args, **kwargs)
-        for b in range(batch):
-            shell = self._shell({name: value[b : b + 1] for name, value in per_row.items()})
-            pick = [_row(value, b, batch) for value in args], {k: _row(v, b, batch) for k, v in kwargs.items()}
-            with self.mix.applied(call.row(b)):
-                rows.append(type(self.module).forward(shell, *pick[0], **pick[1]))
+    def row_shell(self, parameters: dict, b: int) -> nn.Module:
+        """The module with the parameters of one row, and its own interpolation."""
+        shell = self._shell({name: value[b : b + 1] for name, value in parameters.items()})
+        shell.__dict__.pop("interpolate_pos_encoding", None)
+        return shell
+
+
+class RowByRowInterpolation:
+    """Stands in for a module's interpolation of its position table, which knows tables of one row only."""
+
+    def __init__(self, owner: PerRowParameters, parameters: dict):
+        self.owner, self.parameters = owner, parameters
+
+    def __call__(self, embeddings: torch.Tensor, *size, **named):
+        count = next(iter(self.parameters.values())).shape[0]
+        rows = [
+            self.owner.row_shell(self.parameters, b).interpolate_pos_encoding(embeddings[:1], *size, **named)
+            for b in range(count)
+        ]
         return torch.cat(rows, dim=0)
-
-
-def _row(value, b: int, batch: int):
-    is_batched = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == batch
-    return value[b : b + 1] if is_batched else value
 
 
 def attach_deltas(model: nn.Module, mix: ExpertMix, ranks: dict, exact: list, experts: int) -> nn.ModuleDict:

@@ -21,10 +21,6 @@ class CallWeights:
         self.weights = weights
         self._columns: dict = {}
 
-    def row(self, b: int) -> "CallWeights":
-        """The weights of one row alone."""
-        return CallWeights(self.weights[b : b + 1])
-
     def columns(self, ranks: tuple) -> torch.Tensor:
         """Repeat each expert's weight over its ranks: [batch, sum(ranks)]."""
         if ranks not in self._columns:
@@ -43,7 +39,7 @@ class ExpertMix:
     """
 
     def __init__(self):
-        self.latest: CallWeights | None = None  # compiled graphs only
+        self.latest: CallWeights | None = None  # read by compiled graphs only
         self.forced = None
 
     def __getstate__(self):
@@ -67,15 +63,20 @@ class ExpertMix:
     @contextmanager
     def applied(self, call: CallWeights | None):
         """Let `call` act (None: experts off) until the block ends, whatever happens inside."""
+        # The attribute is set in eager code too: where a graph breaks, compiled frames run inside eager ones.
+        before, self.latest = self.latest, call
         if torch.compiler.is_compiling():
-            self.latest = call
-            yield
+            try:
+                yield
+            finally:
+                self.latest = before
             return
         token = _ACTIVE.set({**_ACTIVE.get(), id(self): call})
         try:
             yield
         finally:
             _ACTIVE.reset(token)
+            self.latest = before
 
     @contextmanager
     def force(self, choice):
@@ -98,8 +99,8 @@ class CheckpointWithWeights:
     def __call__(self, function: Callable, *args, **kwargs):
         call = self.mix.current()
 
-        def with_weights(*inputs):
+        def with_weights(*inputs, **named):
             with self.mix.applied(call):
-                return function(*inputs)
+                return function(*inputs, **named)
 
         return self.checkpoint(with_weights, *args, **kwargs)

@@ -119,9 +119,11 @@ class PrefixStop:
     def stopping(self):
         """Let the hook stop passes until the block ends."""
         token = _STOPPING.set(self)
+        self.active = True  # for compiled frames within this eager one, where a graph breaks
         try:
             yield
         finally:
+            self.active = False
             _STOPPING.reset(token)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -90,7 +90,15 @@ def _train_mlp(
     router: MLPRouter, data: RouterData, epochs: int, lr: float, seed: int, tick: Callable[[str], None]
 ) -> None:
     """The paper's network: cross-entropy, Adam."""
-    torch.manual_seed(seed)
+    # Weights and dropout are drawn from the recipe's seed; the caller's random state stays as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _run_epochs(router, data, epochs, lr, seed, tick)
+
+
+def _run_epochs(
+    router: MLPRouter, data: RouterData, epochs: int, lr: float, seed: int, tick: Callable[[str], None]
+) -> None:
     for module in router.modules():
         if isinstance(module, (nn.Linear, nn.BatchNorm1d)):
             module.reset_parameters()
