@@ -5,7 +5,6 @@ For a row x with expert weights w(x) the model computes `shared + sum_t w_t(x) *
 (arXiv 2406.15479, section 4). The weights come from the router, or are given by the caller.
 """
 
-import copy
 import inspect
 import os
 import shutil
@@ -14,19 +13,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.models.auto import modeling_auto
 from transformers.utils import ModelOutput, TransformersKwargs, cached_file, logging
 
 from .configuration_twin_merging import TwinMergingConfig
 from .deltas_twin_merging import ExactDelta, FactoredDelta, attach_deltas
-from .heads_twin_merging import ExpertHeads, LabelSpace
+from .heads_twin_merging import LabelSpace
 from .mix_twin_merging import CallWeights, CheckpointWithWeights, ExpertMix
+from .padding_twin_merging import TOKEN_INPUTS, align_left, restore_order
 from .routing_twin_merging import PrefixStop, ProjectionRouter, new_router, routing_state, weights_from_logits
+from .shared_twin_merging import build_shared, find_shared_class
 
 
 logger = logging.get_logger(__name__)
@@ -40,12 +39,7 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": f"{MODEL_FILE}.TwinMergingForSequenceClassification",
     "AutoModelForImageClassification": f"{MODEL_FILE}.TwinMergingForImageClassification",
 }
-# Which of Transformers' own classes may be the shared model, by the wrapper that serves them.
-SHARED_CLASSES = {
-    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-    "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
-}
-_INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "pixel_values")
+_INPUT_NAMES = (*TOKEN_INPUTS, "pixel_values")
 
 
 @dataclass
@@ -82,53 +76,6 @@ class TwinMergingClassifierOutput(ModelOutput):
     expert_weights: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-def find_shared_class(name: str) -> tuple[type[PreTrainedModel], str]:
-    """
-    Return the Transformers class called `name` and the Auto class it belongs to.
-
-    Raises:
-        ValueError: the name is not one of Transformers' own classes of a supported kind.
-    """
-    for auto_class, mapping in SHARED_CLASSES.items():
-        for names in getattr(modeling_auto, mapping).values():
-            if name in ([names] if isinstance(names, str) else names):
-                return getattr(transformers, name), auto_class
-    raise ValueError(
-        f"`shared_class` {name!r} is not a Transformers class that a Twin-Merging model can wrap "
-        f"(supported: classes of {', '.join(SHARED_CLASSES)})"
-    )
-
-
-def build_shared(config: TwinMergingConfig) -> PreTrainedModel:
-    """Make the shared task model with `ExpertHeads` in the place of its head modules."""
-    shared_class, _ = find_shared_class(config.shared_class)
-    shared = shared_class(copy.deepcopy(config.shared_config))
-    heads: dict[str, list] = {name: [] for name in config.head_modules}
-    device, dtype = torch.get_default_device(), torch.get_default_dtype()
-    for expert in config.experts:
-        task_config = copy.deepcopy(config.shared_config)
-        task_config.num_labels = len(expert["labels"])
-        # On meta: only the head of this model is wanted, its backbone would be made for nothing.
-        with torch.device("meta"):
-            task_model = shared_class(task_config)
-        for name in heads:
-            head = task_model.get_submodule(name)
-            heads[name].append(_materialised(head, device, dtype))
-    for position, (name, modules) in enumerate(heads.items()):
-        shared.set_submodule(name, ExpertHeads(modules, chained=position > 0))
-    return shared
-
-
-def _materialised(head: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    if device.type != "meta":
-        head = head.to_empty(device=device).to(dtype)
-    for module in head.modules():
-        module.__dict__.pop("_is_hf_initialized", None)
-    for parameter in head.parameters():
-        parameter.__dict__.pop("_is_hf_initialized", None)
-    return head
 
 
 class TwinMergingPreTrainedModel(PreTrainedModel):
@@ -365,10 +312,10 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
             repeated, weights = self._repeat_for_all(inputs, main.shape[0])
             if moved is not None:
                 moved = moved.repeat_interleave(len(self.expert_names))
-            output = _restore_order(answer(repeated, weights.to(main.device)), moved)
+            output = restore_order(answer(repeated, weights.to(main.device)), moved)
             output = type(output)(**{k: _split_rows(v, len(self.expert_names)) for k, v in output.items()})
         else:
-            output = _restore_order(answer(inputs, self._resolve_weights(inputs, experts, expert_weights)), moved)
+            output = restore_order(answer(inputs, self._resolve_weights(inputs, experts, expert_weights)), moved)
         use_dict = self.config.return_dict if return_dict is None else return_dict
         return output if use_dict else output.to_tuple()
 
@@ -482,56 +429,6 @@ _CALL_KWARGS = {*TransformersKwargs.__annotations__, "return_dict"}
 def _accepted_arguments(module: nn.Module) -> set:
     parameters = inspect.signature(type(module).forward).parameters.values()
     return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {"self", "labels"}
-
-
-def align_left(inputs: dict) -> tuple[dict, torch.Tensor | None]:
-    """
-    Move each row's padding behind its tokens, so that padding on the left changes nothing: stock encoders would count
-    it as positions and pool it in place of the first token.
-
-    Returns:
-        The inputs, and by how much each row moved [batch] (None: not at all).
-    """
-    mask = inputs.get("attention_mask")
-    if mask is None or mask.dim() != 2 or "pixel_values" in inputs:
-        return inputs, None
-    moved = (mask > 0).to(torch.int64).argmax(dim=1)
-    if not torch.compiler.is_compiling() and not bool(moved.any()):
-        return inputs, None
-    aligned = {name: inputs[name] for name in inputs}
-    for name in _INPUT_NAMES:
-        value = inputs.get(name)
-        if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[1] == mask.shape[1]:
-            # Positions may be given once for all rows, which now move apart.
-            aligned[name] = _roll_rows(value.expand(len(mask), *value.shape[1:]), moved, 1)
-    return aligned, moved
-
-
-def _roll_rows(value: torch.Tensor, by: torch.Tensor, dim: int) -> torch.Tensor:
-    """Roll each row of a [batch, ...] tensor along `dim`: out[b, i] = value[b, i + by[b]], cyclic."""
-    size = value.shape[dim]
-    index = (torch.arange(size, device=value.device)[None] + by.to(value.device)[:, None]) % size
-    shape = [1] * value.dim()
-    shape[0], shape[dim] = index.shape
-    return value.gather(dim, index.reshape(shape).expand(value.shape))
-
-
-def _move_back(value, moved: torch.Tensor | None, dims: tuple = (1,)):
-    """Give per-token outputs (a tensor, a tuple of them, or None) the order that the caller's rows had."""
-    if moved is None or value is None:
-        return value
-    if isinstance(value, tuple):
-        return tuple(_move_back(item, moved, dims) for item in value)
-    for dim in dims:
-        value = _roll_rows(value, -moved, dim)
-    return value
-
-
-def _restore_order(output, moved: torch.Tensor | None):
-    for name, dims in (("last_hidden_state", (1,)), ("hidden_states", (1,)), ("attentions", (2, 3))):
-        if moved is not None and output.get(name) is not None:
-            output[name] = _move_back(output[name], moved, dims)
-    return output
 
 
 def _split_rows(value, count: int):

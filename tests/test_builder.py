@@ -55,7 +55,7 @@ def test_experts_chosen_by_hand_answer_as_themselves(world, kind):
     """The promise of a full-rank artifact, checked against the checkpoints themselves."""
     model, inputs = world.model(kind), tiny.batch(kind, 4)
     for t, name in enumerate(tiny.LABELS):
-        auto = modeling.modeling_twin_merging.find_shared_class(model.config.shared_class)[0]
+        auto = modeling.shared_twin_merging.find_shared_class(model.config.shared_class)[0]
         expert = auto.from_pretrained(world.experts(kind) / name).eval()
         with torch.no_grad():
             expected, output = expert(**inputs).logits, model(**inputs, experts=name)

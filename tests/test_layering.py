@@ -37,14 +37,18 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"checkpoints", "inference", "merging", "preflight", "processing", "recipe"},
     "verdict": {"evaluation", "preflight", "router_training"},
     "starter": {"checkpoints", "errors", "modeling", "preflight", "processing"},
+    "progress": set(),
+    "build_router": {
+        "checkpoints", "errors", "inference", "modeling", "preflight", "probe", "progress", "router_training", "separation",
+    },
     "builder": {
-        "_version", "artifact", "checkpoints", "data", "errors", "hub_upload", "inference", "modeling", "pictures",
-        "preflight", "probe", "recipe", "router_training", "separation", "verdict",
+        "_version", "artifact", "build_router", "checkpoints", "data", "errors", "hub_upload", "modeling", "pictures",
+        "preflight", "probe", "progress", "recipe", "separation", "verdict",
     },
     "demo": {
-        "artifact", "builder", "data", "errors", "evaluation", "pictures", "preflight", "recipe", "verdict",
+        "artifact", "builder", "data", "errors", "evaluation", "pictures", "preflight", "progress", "recipe", "verdict",
     },
-    "cli": {"_version", "artifact", "builder", "demo", "errors", "starter", "verdict"},
+    "cli": {"_version", "artifact", "builder", "demo", "errors", "progress", "starter", "verdict"},
     "__init__": {"_version", "errors", "modeling"},
 }  # fmt: skip
 TRAVELS_WITH = {"torch", "transformers", "safetensors", *sys.stdlib_module_names}

@@ -6,7 +6,8 @@ from torch import nn
 
 from tests import files, tiny
 from twin_merging_hf import TwinMergingError
-from twin_merging_hf.builder import Progress, build_artifact, readers_of_layer
+from twin_merging_hf.build_router import readers_of_layer
+from twin_merging_hf.builder import Progress, build_artifact
 from twin_merging_hf.checkpoints import open_checkpoint
 from twin_merging_hf.modeling.routing_twin_merging import LinearRouter, MLPRouter, ProjectionRouter
 from twin_merging_hf.router_training import (

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from twin_merging_hf import modeling
 from twin_merging_hf.modeling import TwinMergingConfig
 from twin_merging_hf.modeling.deltas_twin_merging import delta_key
-from twin_merging_hf.modeling.modeling_twin_merging import AUTO_MAP, find_shared_class
+from twin_merging_hf.modeling.modeling_twin_merging import AUTO_MAP
+from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
 
 from .errors import TwinMergingError
 

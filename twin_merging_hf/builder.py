@@ -3,8 +3,7 @@
 import copy
 import hashlib
 import importlib.util
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,30 +11,27 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
-from tqdm.auto import tqdm
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from twin_merging_hf import modeling
 from twin_merging_hf.hub_upload.model_card import write_card
 from twin_merging_hf.modeling import TwinMergingConfig
 from twin_merging_hf.modeling.deltas_twin_merging import is_vector
-from twin_merging_hf.modeling.modeling_twin_merging import AUTO_MAP, find_shared_class
-from twin_merging_hf.modeling.routing_twin_merging import ProjectionRouter
+from twin_merging_hf.modeling.modeling_twin_merging import AUTO_MAP
+from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
 
 from ._version import __version__
 from .artifact import LAYOUT, Storage, check_files, refuse_existing, staged, storage, write_json
+from .build_router import make_router, router_type, routing_fields
 from .checkpoints import Checkpoint
 from .data import row_key
 from .errors import TwinMergingError
-from .inference import run_over
 from .pictures import draw_confusion
 from .preflight import Inputs, preflight
-from .probe import probe, random_inputs
+from .probe import probe
+from .progress import Progress
 from .recipe import Recipe, load_recipe
-from .router_training import RouterData, RouterReport, router_report, subspace, train_router
-from .separation import Separation, delta_from_base, factor_dtype, matrix_shape, model_dtype, separate
+from .separation import Separation, factor_dtype, matrix_shape, model_dtype, separate
 from .verdict import Verdict, reach_verdict
 
 
@@ -60,27 +56,6 @@ class Plan:
     notes: list[str]
 
 
-class Progress:
-    """Progress of a build on standard error: a line for each step, a bar where one takes long."""
-
-    def __init__(self, quiet: bool = False):
-        self.quiet = quiet
-
-    def say(self, message: str) -> None:
-        if not self.quiet:
-            tqdm.write(message, file=_stderr())
-
-    def bar(self, items: Iterable, description: str, total: int | None = None) -> Iterator:
-        return iter(tqdm(items, desc=description, total=total, disable=self.quiet, leave=False))
-
-    def counter(self, description: str, total: int) -> tqdm:
-        return tqdm(desc=description, total=total, disable=self.quiet, leave=False)
-
-
-def _stderr() -> Any:
-    return sys.stderr
-
-
 def plan_build(recipe: Recipe | str | Path, out: str | Path, progress: Progress | None = None) -> Plan:
     """
     Check everything and say what a build would do, without writing anything.
@@ -103,7 +78,7 @@ def plan_build(recipe: Recipe | str | Path, out: str | Path, progress: Progress 
                 m, n = matrix_shape(shape)
                 deltas += len(recipe.experts) * recipe.exclusive.rank_of(m, n) * (m + n) * factors.itemsize
         labels = list(inputs.label_space.labels)
-        return Plan(inputs.entries, labels, _router_type(inputs), shared, deltas, inputs.notes)
+        return Plan(inputs.entries, labels, router_type(inputs), shared, deltas, inputs.notes)
     finally:
         inputs.close()
 
@@ -138,7 +113,7 @@ def _build_into(folder: Path, inputs: Inputs, progress: Progress) -> tuple[dict,
     separation = separate(inputs, tick=lambda name: names.update())
     names.close()
     model = _assemble(separation, inputs)
-    router = _make_router(model, separation, inputs, progress)
+    router = make_router(model, separation, inputs, progress)
     _save(model, folder, inputs)
     loaded = type(model).from_pretrained(folder, config=model.config, dtype=torch.float32).eval()
     del model
@@ -170,7 +145,7 @@ def _assemble(separation: Separation, inputs: Inputs) -> Any:
     shared_config.dtype = None
     shared_config.num_labels = 2
     space = inputs.label_space
-    site = _routing_site(first, inputs)
+    site = routing_fields(first, inputs)
     dtype = model_dtype(inputs)
     config = TwinMergingConfig(
         shared_config=shared_config,
@@ -197,98 +172,6 @@ def _assemble(separation: Separation, inputs: Inputs) -> Any:
     if missing or unexpected:
         raise RuntimeError(f"assembling: missing {missing[:3]}, unexpected {unexpected[:3]}")
     return model.eval()
-
-
-def _router_type(inputs: Inputs) -> str:
-    wanted = inputs.recipe.router.type
-    if wanted != "auto":
-        return wanted
-    return "linear" if inputs.rows is not None else "projection"
-
-
-def _routing_site(first: Checkpoint, inputs: Inputs) -> dict[str, Any]:
-    """Config fields that say where the routing state is read."""
-    settings, kind = inputs.recipe.router, _router_type(inputs)
-    layer = None
-    if settings.router_pass == "prefix":
-        layer = settings.layer if settings.layer is not None else first.layer_count // 2
-    fields: dict[str, Any] = {"router_layer": layer}
-    fields |= {"router_type": kind, "router_pass": settings.router_pass, "router_input_size": first.config.hidden_size}
-    fields["router_top_k"] = settings.top_k
-    if kind == "projection":
-        readers = readers_of_layer(first, f"{first.layers_path}.{layer}")
-        width = min(settings.rank, first.config.hidden_size)
-        # Shares of energy are no probabilities: unless told otherwise, the largest takes the row.
-        top_k = settings.top_k if settings.top_k is not None else 1
-        fields |= {"router_site": readers[0], "router_rank": width, "router_top_k": top_k}
-    return fields
-
-
-@torch.no_grad()
-def readers_of_layer(first: Checkpoint, layer: str) -> list[str]:
-    """
-    Names of the linear modules of a layer that read one and the same first state (query, key, value), found by a run.
-    """
-    model = first.task_class(first.config).eval()
-    calls: list[tuple[str, torch.Tensor]] = []
-    for name, module in model.get_submodule(layer).named_modules():
-        if type(module) in (nn.Linear, Conv1D):
-            path = f"{layer}.{name}"
-            module.register_forward_pre_hook(lambda m, args, path=path: calls.append((path, args[0])))
-    model(**random_inputs(model, 2, 0))
-    if not calls:
-        raise TwinMergingError(
-            f"{layer} has no linear module, so `projection` cannot route there; use another layer or router"
-        )
-    return [path for path, state in calls if state is calls[0][1]]
-
-
-def _make_router(model: Any, separation: Separation, inputs: Inputs, progress: Progress) -> RouterReport | None:
-    """Train or build the router in place; return its figures on held-out rows, if there are any."""
-    config, settings = model.config, inputs.recipe.router
-    if isinstance(model.router, ProjectionRouter):
-        _fit_projection(model, separation, inputs)
-        config.router_temperature = settings.temperature or 1.0
-    if inputs.rows is None:
-        return None
-    data = _router_data(model, inputs, progress)
-    if not isinstance(model.router, ProjectionRouter):
-        train_router(model.router, data, settings.epochs, settings.lr, inputs.recipe.seed, progress.say)
-    temperature = config.router_temperature if config.router_type == "projection" else settings.temperature
-    report = router_report(model.router.eval(), data, config.router_type, temperature)
-    config.router_temperature = report.temperature
-    return report
-
-
-def _fit_projection(model: Any, separation: Separation, inputs: Inputs) -> None:
-    config, recipe = model.config, inputs.recipe
-    readers = readers_of_layer(inputs.experts[0], f"{config.layers_path}.{config.router_layer}")
-    bases = []
-    for name, expert in zip(recipe.names, inputs.experts, strict=True):
-        matrices = [delta_from_base(expert, inputs.base, separation.state, f"{reader}.weight") for reader in readers]
-        bases.append(subspace(matrices, config.router_rank, f"{recipe.seed}:{name}:projection"))
-    with torch.no_grad():
-        model.router.basis.copy_(torch.stack(bases))
-
-
-def _router_data(model: Any, inputs: Inputs, progress: Progress) -> RouterData:
-    assert inputs.rows is not None and inputs.processing is not None
-    parts: dict[str, list[torch.Tensor]] = {"train": [], "held_out": []}
-    experts: dict[str, list[int]] = {"train": [], "held_out": []}
-    step: Callable[[dict], torch.Tensor] = lambda batch: model.routing_features(**batch)  # noqa: E731
-    bar = progress.counter("router features", sum(len(r.train) + len(r.held_out) for r in inputs.rows))
-    for index, rows in enumerate(inputs.rows):
-        for part in parts:
-            chosen = getattr(rows, part)
-            parts[part].append(run_over(model, chosen, inputs.processing, step, bar.update))
-            experts[part] += [index] * len(chosen)
-    bar.close()
-    return RouterData(
-        torch.cat(parts["train"]),
-        torch.tensor(experts["train"]),
-        torch.cat(parts["held_out"]),
-        torch.tensor(experts["held_out"]),
-    )
 
 
 def _save(model: Any, folder: Path, inputs: Inputs) -> None:

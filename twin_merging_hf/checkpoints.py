@@ -16,7 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from twin_merging_hf.modeling.modeling_twin_merging import find_shared_class
+from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
 
 from .errors import TwinMergingError
 

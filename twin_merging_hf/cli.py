@@ -114,7 +114,8 @@ def build(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Build one artifact from the experts of a recipe."""
-    from .builder import Progress, build_artifact, plan_build
+    from .builder import build_artifact, plan_build
+    from .progress import Progress
     from .verdict import describe
 
     with _errors(out):

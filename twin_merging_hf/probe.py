@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from twin_merging_hf.modeling import TwinMergingConfig
-from twin_merging_hf.modeling.modeling_twin_merging import find_shared_class
+from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
 
 from .artifact import exact_key, factor_keys
 from .errors import TwinMergingError

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification, pipeline
 from transformers.utils import logging as transformers_logging
 
 from twin_merging_hf.artifact import refuse_existing, write_json
-from twin_merging_hf.builder import Progress, build_artifact
+from twin_merging_hf.builder import build_artifact
 from twin_merging_hf.data import read_rows
 from twin_merging_hf.errors import require_extra
 from twin_merging_hf.evaluation import (
@@ -25,6 +25,7 @@ from twin_merging_hf.evaluation import (
 )
 from twin_merging_hf.pictures import draw_confusion, draw_scores
 from twin_merging_hf.preflight import Inputs, preflight
+from twin_merging_hf.progress import Progress
 from twin_merging_hf.recipe import load_recipe
 from twin_merging_hf.verdict import describe
 

@@ -1,0 +1,66 @@
+"""The shared task model: one of Transformers' own classes, with all experts' heads in the place of its head."""
+
+import copy
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from .configuration_twin_merging import TwinMergingConfig
+from .heads_twin_merging import ExpertHeads
+
+
+# Which of Transformers' own classes may be the shared model, by the wrapper that serves them.
+SHARED_CLASSES = {
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+}
+
+
+def find_shared_class(name: str) -> tuple[type[PreTrainedModel], str]:
+    """
+    Return the Transformers class called `name` and the Auto class it belongs to.
+
+    Raises:
+        ValueError: the name is not one of Transformers' own classes of a supported kind.
+    """
+    for auto_class, mapping in SHARED_CLASSES.items():
+        for names in getattr(modeling_auto, mapping).values():
+            if name in ([names] if isinstance(names, str) else names):
+                return getattr(transformers, name), auto_class
+    raise ValueError(
+        f"`shared_class` {name!r} is not a Transformers class that a Twin-Merging model can wrap "
+        f"(supported: classes of {', '.join(SHARED_CLASSES)})"
+    )
+
+
+def build_shared(config: TwinMergingConfig) -> PreTrainedModel:
+    """Make the shared task model with `ExpertHeads` in the place of its head modules."""
+    shared_class, _ = find_shared_class(config.shared_class)
+    shared = shared_class(copy.deepcopy(config.shared_config))
+    heads: dict[str, list] = {name: [] for name in config.head_modules}
+    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    for expert in config.experts:
+        task_config = copy.deepcopy(config.shared_config)
+        task_config.num_labels = len(expert["labels"])
+        # On meta: only the head of this model is wanted, its backbone would be made for nothing.
+        with torch.device("meta"):
+            task_model = shared_class(task_config)
+        for name in heads:
+            head = task_model.get_submodule(name)
+            heads[name].append(_materialised(head, device, dtype))
+    for position, (name, modules) in enumerate(heads.items()):
+        shared.set_submodule(name, ExpertHeads(modules, chained=position > 0))
+    return shared
+
+
+def _materialised(head: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    if device.type != "meta":
+        head = head.to_empty(device=device).to(dtype)
+    for module in head.modules():
+        module.__dict__.pop("_is_hf_initialized", None)
+    for parameter in head.parameters():
+        parameter.__dict__.pop("_is_hf_initialized", None)
+    return head
