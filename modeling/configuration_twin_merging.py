@@ -19,7 +19,7 @@ def check_expert_names(names: list[str]) -> None:
     """Raise `ValueError` unless every name is legal and unique ignoring case."""
     seen: dict[str, str] = {}
     for name in names:
-        if not isinstance(name, str) or not EXPERT_NAME.fullmatch(name):
+        if not isinstance(name, str) or not EXPERT_NAME.fullmatch(name) or name in (".", ".."):
             raise ValueError(f"expert name {name!r} is not legal: use letters, digits, '_', '.', '-' only")
         if name.lower() in RESERVED_EXPERT_NAMES:
             raise ValueError(f"expert name {name!r} is reserved ({', '.join(RESERVED_EXPERT_NAMES)}); choose another")

@@ -256,7 +256,7 @@ class PerRowParameters:
             shell.__dict__["interpolate_pos_encoding"] = RowByRowInterpolation(self, parameters)
         return shell
 
-    def row_shell(self, parameters: dict, b: int) -> nn.Module:
+    def row_shell(self, parameters: dict, b: int) -> Any:
         """The module with the parameters of one row, and its own interpolation."""
         shell = self._shell({name: value[b : b + 1] for name, value in parameters.items()})
         shell.__dict__.pop("interpolate_pos_encoding", None)

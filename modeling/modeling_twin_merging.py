@@ -371,6 +371,11 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
                     f"{pretrained_model_name_or_path}: {kind.replace('_', ' ')} in this artifact: {', '.join(keys[:5])}"
                     f"{' ...' if len(keys) > 5 else ''}; it is damaged or was made by another version, build it again"
                 )
+        if tuple(model.config.label_names) != model.label_space.labels:
+            raise ValueError(
+                f"`num_labels`, `id2label` and `label2id` of an artifact follow from its experts and cannot be changed; "
+                f"it has {len(model.label_space.labels)} labels: {', '.join(model.label_space.labels[:5])}, ..."
+            )
         names = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
         model._artifact_source = (
             str(pretrained_model_name_or_path),
@@ -398,6 +403,8 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
         for key, value in state.items():
             if key.startswith("deltas.") and key.endswith((".up", ".down")) and value.element_size() > storage.itemsize:
                 state[key] = value.to(storage)
+            elif key.endswith("num_batches_tracked"):
+                state[key] = value.long()  # loading casts this count to the model's type
         return state
 
     def _restore_config(self, save_directory) -> None:

@@ -85,10 +85,16 @@ def _fit_projection(model: Any, separation: Separation, inputs: Inputs) -> None:
     readers = readers_of_layer(inputs.experts[0], f"{config.layers_path}.{config.router_layer}")
     bases = []
     for name, expert in zip(recipe.names, inputs.experts, strict=True):
-        matrices = [delta_from_base(expert, inputs.base, separation.state, f"{reader}.weight") for reader in readers]
+        matrices = [_reader_delta(expert, reader, inputs, separation) for reader in readers]
         bases.append(subspace(matrices, config.router_rank, f"{recipe.seed}:{name}:projection"))
     with torch.no_grad():
         model.router.basis.copy_(torch.stack(bases))
+
+
+def _reader_delta(expert: Checkpoint, reader: str, inputs: Inputs, separation: Separation) -> torch.Tensor:
+    """What an expert changed in a module that reads the routing state: [out, in]."""
+    delta = delta_from_base(expert, inputs.base, separation.state, f"{reader}.weight")
+    return delta.T if type(expert.skeleton.get_submodule(reader)) is Conv1D else delta
 
 
 def _router_data(model: Any, inputs: Inputs, progress: Progress) -> RouterData:

@@ -121,6 +121,11 @@ def _build_into(folder: Path, inputs: Inputs, progress: Progress) -> tuple[dict,
     difference = probe(loaded, inputs.recipe.seed)
     verdict = reach_verdict(loaded, inputs, router, progress.counter)
     config = loaded.config
+    excluded = [name for name, entry in separation.coverage.items() if entry["treatment"] == "excluded"]
+    if excluded:
+        inputs.notes.append(
+            f"{len(excluded)} tensors are the shared model's alone, as the recipe says; see report.json"
+        )
     report = _report(folder, config, separation, inputs, router, difference, verdict)
     write_json(folder / LAYOUT.report, report)
     if LAYOUT.confusion in config.provenance["companions"]:

@@ -41,7 +41,7 @@ def read_rows(path: Path, kind: str, labels: list[str], regression: bool) -> lis
         raise TwinMergingError(f"data file {path} does not exist")
     rows = []
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     rows.append(_row(line, f"{path}, line {number}", kind, labels, regression, path.parent))

@@ -1,10 +1,12 @@
 """Everything that can be wrong with a build's inputs, found at once and before any work."""
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from twin_merging_hf.modeling.deltas_twin_merging import delta_rule, parameter_owners
 from twin_merging_hf.modeling.heads_twin_merging import LabelSpace
@@ -20,9 +22,11 @@ _NOT_FUNCTION = {
     "architectures", "auto_map", "id2label", "label2id", "num_labels", "problem_type", "_name_or_path", "dtype",
     "torch_dtype", "transformers_version", "finetuning_task", "use_cache", "gradient_checkpointing", "output_attentions",
     "output_hidden_states", "return_dict", "_attn_implementation_autoset", "initializer_range", "initializer_factor",
+    "bos_token_id", "eos_token_id", "sep_token_id", "tie_word_embeddings", "pooler_act", "pooler_output_size",
+    "encoder_stride",
 }  # fmt: skip
-# Fields that older versions of Transformers wrote and newer ones leave out.
-_OLD_DEFAULTS = {"position_embedding_type": "absolute"}
+# Fields of older versions of Transformers that change the function, with the value that newer versions imply.
+_OLD_DEFAULTS: dict[str, Any] = {"position_embedding_type": "absolute", "pruned_heads": {}}
 _KIND_OF_INPUT = {"input_ids": "text", "pixel_values": "image"}
 
 
@@ -86,7 +90,8 @@ def preflight(recipe: Recipe, report: Callable[[str], None] = lambda message: No
     rows = None
     if None not in entries:
         rows = _attempt(problems, _rows, recipe, entries, input_kind(first), processing)
-        notes += _label_notes(entries)
+        notes += [*_label_notes(entries), *_data_notes(recipe)]
+    _attempt(problems, _check_patterns, recipe, list(first.backbone))
     _raise(problems)
     for checkpoint in backbones:
         report(f"checking that {checkpoint.role} holds no NaN or infinity")
@@ -94,6 +99,8 @@ def preflight(recipe: Recipe, report: Callable[[str], None] = lambda message: No
         if bad is not None:
             problems.append(f"{checkpoint.role}: tensor {bad!r} holds NaN or infinity; train or save it again")
     _raise(problems)
+    merged = [c for c in (shared, base if _uses_base(recipe) else None) if c is not None]
+    _check_covered(recipe, [*experts, *merged], first)
     ready = base if recipe.shared_model == BASE else shared
     return Inputs(recipe, experts, base, ready, entries, processing, rows, notes)
 
@@ -139,7 +146,7 @@ def _check_absent(checkpoint: Checkpoint, recipe: Recipe, problems: list[str], n
     if not checkpoint.absent:
         return
     text = f"{checkpoint.role}: its class has no {_some(checkpoint.absent)}"
-    if recipe.merge_method == "linear" and recipe.shared_model is None:
+    if not _uses_base(recipe) and checkpoint.role == "base model":
         notes.append(f"{text}; not needed by `linear`")
     else:
         problems.append(f"{text}, which the shared model would be made of; use `merge_method: linear`")
@@ -147,6 +154,12 @@ def _check_absent(checkpoint: Checkpoint, recipe: Recipe, problems: list[str], n
 
 def _check_router_layer(recipe: Recipe, first: Checkpoint) -> None:
     layer = recipe.router.layer
+    untrained = recipe.router.type == "auto" and any(expert.data is None for expert in recipe.experts)
+    if recipe.router.router_pass == "full" and untrained:
+        raise TwinMergingError(
+            "`router: auto` without `data` for every expert means `projection`, which reads a layer's input and cannot use "
+            "`pass: full`; give data, or leave `pass` out"
+        )
     if recipe.router.router_pass == "full" and layer is None:
         return
     if recipe.router.router_pass == "full":
@@ -176,7 +189,8 @@ def compare_backbones(checkpoint: Checkpoint, first: Checkpoint) -> list[str]:
     for name, shape in checkpoint.backbone.items():
         other = first.backbone.get(name)
         if other is not None and other != shape and not contradictions:
-            remedy = "; the vocabularies differ" if "embed" in name else ""
+            is_vocabulary = shape[:1] == (getattr(checkpoint.config, "vocab_size", None),)
+            remedy = "; the vocabularies differ" if is_vocabulary else ""
             problems.append(
                 f"{checkpoint.role}: tensor {name!r} is {list(shape)}, but {list(other)} in {first.role}{remedy}; "
                 "all must be fine-tuned from one base model"
@@ -187,20 +201,21 @@ def compare_backbones(checkpoint: Checkpoint, first: Checkpoint) -> list[str]:
 
 
 def _compare_configs(checkpoint: Checkpoint, first: Checkpoint) -> list[str]:
-    mine, others = checkpoint.config.to_dict(), first.config.to_dict()
-    for key, default in _OLD_DEFAULTS.items():
-        mine.setdefault(key, default)
-        others.setdefault(key, default)
-    differing = [
-        key
-        for key in sorted({*mine, *others})
-        if key not in _NOT_FUNCTION and "dropout" not in key and mine.get(key) != others.get(key)
-    ]
+    mine, others = _functional_fields(checkpoint.config), _functional_fields(first.config)
+    differing = [key for key in sorted({*mine, *others}) if mine.get(key) != others.get(key)]
     return [
         f"{checkpoint.role}: config field {key!r} is {mine.get(key)!r}, but {others.get(key)!r} in {first.role}; "
         "the models would compute different functions"
         for key in differing
     ]
+
+
+def _functional_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """Config fields that change what a model computes: those that its class declares; files carry many others."""
+    values = config.to_dict()
+    declared = {f.name for f in fields(config)} - _NOT_FUNCTION
+    functional = {key: values.get(key) for key in declared if "dropout" not in key}
+    return functional | {key: values.get(key, default) for key, default in _OLD_DEFAULTS.items()}
 
 
 def _some(names: list[str], most: int = 3) -> str:
@@ -230,6 +245,39 @@ def _entry(checkpoint: Checkpoint, expert: ExpertSpec) -> dict:
             f"{checkpoint.role}: two labels have one name ({labels}); give others by `labels` in the recipe"
         )
     return {"name": expert.name, "labels": labels, "problem_type": problem_type, "source": expert.model}
+
+
+def _data_notes(recipe: Recipe) -> list[str]:
+    without = [expert.name for expert in recipe.experts if expert.data is None]
+    if not without or len(without) == len(recipe.experts):
+        return []
+    return [f"no router is trained and no row is used, because these experts have no `data`: {', '.join(without)}"]
+
+
+def _check_patterns(recipe: Recipe, names: list[str]) -> None:
+    for key in ("include", "exclude"):
+        for pattern in getattr(recipe, key):
+            if not any(re.fullmatch(pattern, name) for name in names):
+                raise TwinMergingError(
+                    f"`{key}`: {pattern!r} matches no backbone tensor in full (one is called {names[0]!r})"
+                )
+
+
+def _uses_base(recipe: Recipe) -> bool:
+    """True where the shared model is made of the base."""
+    return recipe.shared_model == BASE or (recipe.shared_model is None and recipe.merge_method != "linear")
+
+
+def _check_covered(recipe: Recipe, backbones: list[Checkpoint], first: Checkpoint) -> None:
+    """Refuse tensors that differ between checkpoints although no rule can apply a delta of them per row."""
+    names = [name for name in uncovered(first, list(first.backbone)) if recipe.gets_delta(name)]
+    holders = [(name, [c.tensor(name) for c in backbones if name in c.places]) for name in names]
+    bad = [name for name, tensors in holders if any(not torch.equal(t.float(), tensors[0].float()) for t in tensors)]
+    if bad:
+        raise TwinMergingError(
+            f"{_some(bad, most=len(bad))} differs between checkpoints, but no rule can apply a delta of it per row; to drop "
+            f"what the experts have there on purpose, add to the recipe: exclude: {bad!r}"
+        )
 
 
 def _label_notes(entries: list[dict]) -> list[str]:

@@ -48,6 +48,7 @@ class Processing:
             return {key: value for key, value in self.processor.to_dict().items() if key not in _NOT_BEHAVIOUR}
         parts: dict[str, Any] = {
             "vocabulary": self.processor.get_vocab(),
+            "truncation side": self.processor.truncation_side,
             "special tokens": {key: str(value) for key, value in self.processor.special_tokens_map.items()},
         }
         backend = getattr(self.processor, "backend_tokenizer", None)

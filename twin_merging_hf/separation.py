@@ -4,7 +4,6 @@ The split of Twin-Merging: experts -> shared tensors + exclusive deltas, one ten
 Peak memory is one tensor of every expert, plus the result.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -47,7 +46,6 @@ def separate(inputs: Inputs, tick: Callable[[str], None] = lambda name: None) ->
     """
     recipe, first = inputs.recipe, inputs.experts[0]
     names = list(first.backbone)
-    _check_patterns(recipe, names)
     not_covered = set(uncovered(first, names))
     dtypes = model_dtype(inputs), factor_dtype(inputs)
     result = Separation()
@@ -67,15 +65,6 @@ def separate(inputs: Inputs, tick: Callable[[str], None] = lambda name: None) ->
         _add_deltas(result, name, deltas, name in not_covered, recipe, dtypes)
     _copy_heads(result, inputs, dtypes[0])
     return result
-
-
-def _check_patterns(recipe: Recipe, names: list[str]) -> None:
-    for key in ("include", "exclude"):
-        for pattern in getattr(recipe, key):
-            if not any(re.fullmatch(pattern, name) for name in names):
-                raise TwinMergingError(
-                    f"`{key}`: {pattern!r} matches no backbone tensor in full (one is called {names[0]!r})"
-                )
 
 
 def model_dtype(inputs: Inputs) -> torch.dtype:
@@ -98,6 +87,9 @@ def _shared_tensor(name: str, experts: list[torch.Tensor], inputs: Inputs, dtype
         return experts[0]
     if inputs.shared is not None:
         return inputs.shared.tensor(name).to(dtype)
+    same = all(torch.equal(expert, experts[0]) for expert in experts[1:])
+    if same and recipe.merge_method == "linear" and recipe.normalize:
+        return experts[0].to(dtype)  # a mean would round, and leave deltas of nothing but rounding
     compute = getattr(torch, recipe.dtype)
     base = None
     if recipe.merge_method != "linear" and inputs.base is not None:
