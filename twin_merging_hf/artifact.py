@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from twin_merging_hf import modeling
 from twin_merging_hf.modeling import TwinMergingConfig
@@ -231,13 +233,18 @@ def check_files(folder: Path, config: TwinMergingConfig) -> list[str]:
 
 
 def _check_tensors(folder: Path, config: TwinMergingConfig) -> list[str]:
-    expected = _expected_shapes(config)
+    skeleton = _skeleton(config)
+    expected = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
+    renamings = [t for t in get_model_conversion_mapping(skeleton) if isinstance(t, WeightRenaming)]
     problems, seen = [], set()
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as handle:
                 for key in handle.keys():  # noqa: SIM118
-                    name = _in_memory_name(key, expected, config)
+                    # On disk some families keep the names of older versions of Transformers.
+                    name = key
+                    if key not in expected:
+                        name, _ = rename_source_key(key, renamings, [], skeleton.base_model_prefix, expected)
                     seen.add(name)
                     problems += _check_tensor(handle.get_tensor(key), key, expected.get(name))
         except (SafetensorError, OSError) as error:
@@ -255,25 +262,12 @@ def _check_tensor(tensor: torch.Tensor, key: str, shape: torch.Size | None) -> l
     return []
 
 
-def _expected_shapes(config: TwinMergingConfig) -> dict[str, torch.Size]:
+def _skeleton(config: TwinMergingConfig) -> modeling.TwinMergingModel:
     try:
         with torch.device("meta"):
-            skeleton = modeling.TwinMergingModel(config)
+            return modeling.TwinMergingModel(config)
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise TwinMergingError(f"{LAYOUT.config} does not describe a model: {error}") from error
-    return {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
-
-
-def _in_memory_name(key: str, expected: dict, config: TwinMergingConfig) -> str:
-    if key in expected:
-        return key
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    with torch.device("meta"):
-        skeleton = modeling.TwinMergingModel(config)
-    renamings = [t for t in get_model_conversion_mapping(skeleton) if isinstance(t, WeightRenaming)]
-    return rename_source_key(key, renamings, [], skeleton.base_model_prefix, expected)[0]
 
 
 @dataclass(frozen=True)

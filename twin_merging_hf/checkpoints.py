@@ -199,14 +199,15 @@ def open_checkpoint(source: str, folder: Path, role: str, like: Checkpoint | Non
     places, missing, extra, ignored = _locate(skeleton, files, role)
     absent: list[str] = []
     if like is not None:
-        known = _own_tensors(_load_config(path, role), like)
+        own_config = _load_config(path, role)  # `config` has the experts' labels by now
+        known = _own_tensors(own_config, like)
         ignored = sorted(set(ignored) | {name for name in extra if name in known})
         extra = [name for name in extra if name not in known]
         heads = [name for name in places if not name.startswith(f"{task_class.base_model_prefix}.")]
         ignored += [name for name in heads if name not in ignored]
         places = {name: place for name, place in places.items() if name not in heads}
         missing = [name for name in missing if name.startswith(f"{task_class.base_model_prefix}.")]
-        held = _own_tensors(_load_config(path, role), None)
+        held = _own_tensors(own_config, None)
         absent = [name for name in missing if held and name not in held]
         missing = [name for name in missing if name not in absent]
     from_hub = not _local_folder(source, folder).is_dir()
@@ -290,6 +291,7 @@ def _locate(skeleton: PreTrainedModel, files: dict[str, Path], role: str) -> tup
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     buffers = {name for name, _ in skeleton.named_buffers()} - set(expected)
+    has_prefix = any(key.startswith(f"{prefix}.") for key in files)
     places, extra, ignored = {}, [], []
     for key in sorted(files, key=dot_natural_key):
         name, converted = rename_source_key(key, renamings, converters, prefix, expected)
@@ -302,7 +304,7 @@ def _locate(skeleton: PreTrainedModel, files: dict[str, Path], role: str) -> tup
             places[name] = (files[key], key)
         elif name in buffers or f"{prefix}.{name}" in buffers:
             continue  # old checkpoints carry tables such as position_ids that models now compute
-        elif name.startswith(f"{prefix}.") or not any(k.startswith(f"{prefix}.") for k in files):
+        elif name.startswith(f"{prefix}.") or not has_prefix:
             extra.append(name)
         else:
             ignored.append(name)
