@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 
 FORMAT_VERSION = 1
-ROUTER_TYPES = ("linear", "mlp", "projection")
+ROUTER_TYPES = ("linear", "mlp", "centroid", "knn", "projection")
 ROUTER_PASSES = ("prefix", "full")
 EXPERT_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 RESERVED_EXPERT_NAMES = ("all", "none", "__shared__", "__base__")
@@ -50,12 +50,19 @@ class TwinMergingConfig(PreTrainedConfig):
         factor_dtype (`str`):
             Storage type of the factors on disk; in memory they follow the model's dtype.
         router_type, router_pass, router_layer, router_temperature, router_top_k:
-            `linear`, `mlp` or `projection`; `full` (whole shared pass) or `prefix` (the state before layer
-            `router_layer`); weights are `softmax(logits / router_temperature)`, the largest `router_top_k` kept.
+            `linear`, `mlp`, `centroid`, `knn` or `projection`; `full` (whole shared pass) or `prefix` (the state before
+            layer `router_layer`); weights are `softmax(logits / router_temperature)`, the largest `router_top_k` kept.
+        router_layers (`list[int]`):
+            Layers whose inputs the router reads besides the one that its pass ends with, in ascending order.
         router_site (`str`, *optional*):
             For `projection`: the module whose input is projected on the experts' subspaces.
         router_input_size (`int`), router_rank (`int`):
-            Width of the routing state; dimension of each expert's subspace (`projection`).
+            Width of all routing states together; dimension of each expert's subspace (`projection`) or of the space
+            in which neighbours are sought (`knn`).
+        router_exemplars (`int`), router_neighbours (`int`):
+            For `knn`: rows kept of each expert, and how many of all of them vote.
+        router_none_distance (`float`, *optional*):
+            Rows stranger than this get no expert (weights of 0: the shared model answers). None: every row gets one.
         format_version (`int`):
             Version of this layout; a newer one than the code knows is refused.
         provenance (`dict`):
@@ -79,9 +86,13 @@ class TwinMergingConfig(PreTrainedConfig):
     router_type: str = "linear"
     router_pass: str = "prefix"
     router_layer: int | None = None
+    router_layers: list = field(default_factory=list)
     router_site: str | None = None
     router_input_size: int = 0
     router_rank: int = 0
+    router_exemplars: int = 0
+    router_neighbours: int = 0
+    router_none_distance: float | None = None
     router_temperature: float = 1.0
     router_top_k: int | None = None
     format_version: int = FORMAT_VERSION
@@ -98,6 +109,7 @@ class TwinMergingConfig(PreTrainedConfig):
         self.experts = [dict(expert) for expert in self.experts or []]
         self.ranks = dict(self.ranks or {})
         self.exact_deltas = list(self.exact_deltas or [])
+        self.router_layers = list(self.router_layers or [])
         self.provenance = dict(self.provenance or {})
         super().__post_init__(**kwargs)
         if self.experts:
@@ -113,6 +125,11 @@ class TwinMergingConfig(PreTrainedConfig):
     def expert_names(self) -> list[str]:
         """Names of the experts, in the order of `expert_weights`' columns."""
         return [expert["name"] for expert in self.experts]
+
+    @property
+    def state_layers(self) -> list[int]:
+        """Layers whose inputs the router reads, in ascending order; a `prefix` pass ends with the last."""
+        return [*self.router_layers, *([self.router_layer] if self.router_layer is not None else [])]
 
     @property
     def label_names(self) -> list[str]:
@@ -184,8 +201,16 @@ class TwinMergingConfig(PreTrainedConfig):
             raise ValueError(f"`router_pass` must be one of {', '.join(ROUTER_PASSES)}, got {self.router_pass!r}")
         if self.router_pass == "prefix" and not isinstance(self.router_layer, int) and not self.router_site:
             raise ValueError("`router_pass='prefix'` needs `router_layer` (the number of layers to run)")
+        layers = self.state_layers
+        if layers != sorted(set(layers)) or not all(isinstance(layer, int) for layer in layers):
+            raise ValueError(f"`router_layers` and `router_layer` must ascend, got {layers!r}")
         if self.router_type == "projection" and (not self.router_site or self.router_rank < 1):
             raise ValueError("`router_type='projection'` needs `router_site` and `router_rank` >= 1")
+        if self.router_type == "knn" and min(self.router_rank, self.router_exemplars, self.router_neighbours) < 1:
+            raise ValueError("`router_type='knn'` needs `router_rank`, `router_exemplars` and `router_neighbours` >= 1")
+        distance = self.router_none_distance
+        if distance is not None and (isinstance(distance, bool) or not isinstance(distance, (int, float))):
+            raise ValueError(f"`router_none_distance` must be a number or null, got {distance!r}")
         if self.router_input_size < 1:
             raise ValueError(f"`router_input_size` must be positive, got {self.router_input_size!r}")
         if not self.router_temperature > 0:

@@ -24,7 +24,15 @@ from .deltas_twin_merging import ExactDelta, FactoredDelta, attach_deltas
 from .heads_twin_merging import LabelSpace
 from .mix_twin_merging import CallWeights, CheckpointWithWeights, ExpertMix
 from .padding_twin_merging import TOKEN_INPUTS, align_left, restore_order
-from .routing_twin_merging import PrefixStop, ProjectionRouter, new_router, routing_state, weights_from_logits
+from .routing_twin_merging import (
+    NeighbourRouter,
+    Novelty,
+    ProjectionRouter,
+    StateReader,
+    StateTap,
+    new_router,
+    weights_from_logits,
+)
 from .shared_twin_merging import build_shared, find_shared_class
 
 
@@ -107,28 +115,30 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
         self.label_space = LabelSpace.of(config.experts)
         self.deltas = attach_deltas(self.shared, self.mix, config.ranks, config.exact_deltas, len(config.experts))
         self.router = new_router(config)
-        self._prefix_stop = self._hook_prefix()
+        self._reader = self._hook_routing_states()
         self.main_input_name = self.shared.main_input_name
         self._accepted = _accepted_arguments(self.shared)
         self._body_accepts = _accepted_arguments(self.shared.base_model)
         self.post_init()
 
-    def _hook_prefix(self) -> PrefixStop | None:
+    def _hook_routing_states(self) -> StateReader:
+        """Put taps where the router reads."""
         config = self.config
         if config.router_site:
-            site = self.shared.get_submodule(config.router_site)
-        elif config.router_pass == "prefix":
-            layers: Any = self.shared.get_submodule(config.layers_path)
-            if not 0 <= config.router_layer < len(layers):
-                raise ValueError(
-                    f"`router_layer` is {config.router_layer}, but {config.layers_path} has layers 0 to {len(layers) - 1}"
-                )
-            site = layers[config.router_layer]
+            sites = [self.shared.get_submodule(config.router_site)]
         else:
-            return None
-        stop = PrefixStop()
-        site.register_forward_pre_hook(stop, with_kwargs=True)
-        return stop
+            layers: Any = self.shared.get_submodule(config.layers_path) if config.state_layers else []
+            for layer in config.state_layers:
+                if not 0 <= layer < len(layers):
+                    raise ValueError(
+                        f"`router_layer` is {layer}, but {config.layers_path} has layers 0 to {len(layers) - 1}"
+                    )
+            sites = [layers[layer] for layer in config.state_layers]
+        stops = config.router_pass == "prefix" or bool(config.router_site)
+        reader = StateReader(stops)
+        for site in sites:
+            site.register_forward_pre_hook(StateTap(reader, ends=stops and site is sites[-1]), with_kwargs=True)
+        return reader
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -137,8 +147,9 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
             init.zeros_(module.up)
         elif isinstance(module, ExactDelta):
             init.zeros_(module.delta)
-        elif isinstance(module, ProjectionRouter):
-            init.normal_(module.basis, std=0.02)
+        elif isinstance(module, (ProjectionRouter, NeighbourRouter, Novelty)):
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, std=0.02)
         else:
             super()._init_weights(module)
 
@@ -218,8 +229,8 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
 
     def routing_logits(self, **inputs) -> torch.Tensor:
         """Router's logits [batch, expert] for a batch of model inputs, by a pass through the shared model."""
-        inputs, _ = align_left(inputs)
-        return self.router(self._routing_hidden(inputs), inputs.get("attention_mask"))
+        router: Any = self.router
+        return router.score(self.routing_features(**inputs))
 
     def routing_features(self, **inputs) -> torch.Tensor:
         """What the router scores: [batch, feature], float32 (masked mean of the routing states; shares for `projection`)."""
@@ -236,12 +247,22 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
         body_inputs = {name: value for name, value in inputs.items() if name in self._body_accepts}
         # Never with gradients: activation checkpointing would replay this pass with the answer's weights.
         with torch.no_grad(), self.mix.applied(None):
-            return routing_state(lambda: self.shared.base_model(**body_inputs), self._prefix_stop)
+            return self._reader.read(lambda: self.shared.base_model(**body_inputs))
 
     def route(self, **inputs) -> torch.Tensor:
-        """Expert weights [batch, expert], float32, that the router gives a batch of model inputs; each row sums to 1."""
-        logits = self.routing_logits(**inputs)
-        return weights_from_logits(logits, self.config.router_temperature, self.config.router_top_k)
+        """
+        Expert weights [batch, expert], float32, that the router gives a batch of model inputs.
+
+        Each row sums to 1, or to 0 where the `none` route takes it: the shared model answers.
+        """
+        config, router = self.config, self.router
+        features = self.routing_features(**inputs)
+        logits = router.score(features)  # type: ignore[operator]
+        weights = weights_from_logits(logits, config.router_temperature, config.router_top_k)
+        if config.router_none_distance is not None:
+            known = router.novelty(features) <= config.router_none_distance  # type: ignore[operator]
+            weights = weights * known[:, None]
+        return weights
 
     # ---- one call ---------------------------------------------------------------------------------------------
 

@@ -55,6 +55,39 @@ class MLPRouter(LinearRouter):
         return self.network(features.to(next(self.network.parameters()).dtype))
 
 
+class NeighbourRouter(nn.Module):
+    """
+    k nearest neighbours among exemplar rows of every expert, in a whitened subspace of the features.
+
+    `projection` [dimension, feature] and `shift` [dimension] map features there; `exemplars` [expert, exemplar, dimension].
+    """
+
+    def __init__(self, input_size: int, experts: int, dimension: int, exemplars: int, neighbours: int):
+        super().__init__()
+        self.neighbours = neighbours
+        self.projection = nn.Parameter(torch.empty(dimension, input_size))
+        self.shift = nn.Parameter(torch.empty(dimension))
+        self.exemplars = nn.Parameter(torch.empty(experts, exemplars, dimension))
+
+    def features(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return masked_mean(hidden.float(), mask)
+
+    def score(self, features: torch.Tensor) -> torch.Tensor:
+        """Log of each expert's share of the nearest exemplars [batch, expert]; near ones count more (Gaussian)."""
+        experts, count, dimension = self.exemplars.shape
+        points = features.to(self.projection.dtype) @ self.projection.T + self.shift
+        distances = torch.cdist(points, self.exemplars.reshape(-1, dimension)).pow(2)
+        nearest = distances.topk(min(self.neighbours, experts * count), dim=1, largest=False)
+        width = nearest.values.mean(dim=1, keepdim=True).clamp(min=1e-12)
+        votes = (-nearest.values / width).softmax(dim=1)
+        owners = nearest.indices // count
+        shares = torch.zeros(len(points), experts, dtype=votes.dtype, device=votes.device)
+        return (shares.scatter_add(1, owners, votes) + 1.0 / (experts * self.neighbours)).log()
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return self.score(self.features(hidden, mask))
+
+
 class ProjectionRouter(nn.Module):
     """
     Data-free: the share of each token's energy inside an expert's right singular subspace, mean over valid tokens.
@@ -81,13 +114,42 @@ class ProjectionRouter(nn.Module):
         return self.score(self.features(hidden, mask))
 
 
+class Novelty(nn.Module):
+    """
+    How unlike every expert's rows a row is: squared distance to the nearest expert's centre, less that to all rows
+    together (relative Mahalanobis distance, Ren et al. 2021), in the space that tells experts apart.
+
+    `projection` [dimension, feature]: there, rows of one expert scatter evenly. `centres` [expert, dimension]. `whole`
+    [dimension, dimension + 1]: maps a point to where all rows scatter evenly around 0. Used by the `none` route: a row
+    beyond the config's `router_none_distance` gets no expert, which is the shared model.
+    """
+
+    def __init__(self, input_size: int, experts: int, dimension: int):
+        super().__init__()
+        self.projection = nn.Parameter(torch.empty(dimension, input_size))
+        self.centres = nn.Parameter(torch.empty(experts, dimension))
+        self.whole = nn.Parameter(torch.empty(dimension, dimension + 1))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[batch, feature] -> [batch]."""
+        points = features.to(self.projection.dtype) @ self.projection.T
+        nearest = torch.cdist(points, self.centres).pow(2).amin(dim=1)
+        return nearest - (points @ self.whole[:, :-1].T + self.whole[:, -1]).pow(2).sum(dim=1)
+
+
 def new_router(config) -> nn.Module:
     """Make the router a config describes."""
-    experts = len(config.experts)
+    experts, size = len(config.experts), config.router_input_size
     if config.router_type == "projection":
-        return ProjectionRouter(config.router_input_size, experts, config.router_rank)
-    kind = MLPRouter if config.router_type == "mlp" else LinearRouter
-    return kind(config.router_input_size, experts)
+        router: nn.Module = ProjectionRouter(size, experts, config.router_rank)
+        size = experts
+    elif config.router_type == "knn":
+        router = NeighbourRouter(size, experts, config.router_rank, config.router_exemplars, config.router_neighbours)
+    else:  # `centroid` is linear too: with one covariance, distances to centres differ by a linear function
+        router = (MLPRouter if config.router_type == "mlp" else LinearRouter)(size, experts)
+    if config.router_none_distance is not None:
+        router.novelty = Novelty(size, experts, max(1, experts - 1))
+    return router
 
 
 def weights_from_logits(logits: torch.Tensor, temperature: float, top_k: int | None) -> torch.Tensor:
@@ -100,55 +162,85 @@ def weights_from_logits(logits: torch.Tensor, temperature: float, top_k: int | N
 
 
 class PrefixReachedError(Exception):
-    """Carries the routing states, its one argument, out of a shared pass that stops early. No error of the user's."""
+    """Ends a shared pass whose routing states have all been read. No error of the user's."""
 
 
-_STOPPING: ContextVar = ContextVar("twin_merging_stopping", default=None)
+# States that the running pass has read so far, for the reader whose pass it is.
+_READING: ContextVar = ContextVar("twin_merging_reading", default=None)
 
 
-class PrefixStop:
-    """Forward pre-hook of the module whose input is the routing state: ends a pass that was started to get it."""
+class StateReader:
+    """
+    Reads the states that route: the inputs of some layers, and, where no layer ends the pass, its last state.
 
-    def __init__(self):
-        self.active = False
+    One for each model. While a pass that was started to route runs, the taps on those layers collect into a context
+    variable (threads do not meet); compiled frames use an attribute instead, because dynamo refuses context variables.
+    """
+
+    def __init__(self, stops: bool):
+        self.stops = stops
+        self.states: list | None = None
 
     def __getstate__(self):
-        return {"active": False}
+        return {"stops": self.stops}
+
+    def __setstate__(self, state):
+        self.stops, self.states = state["stops"], None
+
+    def collected(self) -> list | None:
+        """States of the pass that runs now, or None if it is none of this reader's."""
+        if torch.compiler.is_compiling():
+            return self.states
+        reading = _READING.get()
+        return reading[1] if reading is not None and reading[0] is self else None
 
     @contextmanager
-    def stopping(self):
-        """Let the hook stop passes until the block ends."""
-        token = _STOPPING.set(self)
-        self.active = True  # for compiled frames within this eager one, where a graph breaks
+    def reading(self):
+        """Let the taps collect until the block ends; gives the list of states."""
+        states: list = []
+        token = _READING.set((self, states))
+        self.states = states  # for compiled frames within this eager one, where a graph breaks
         try:
-            yield
+            yield states
         finally:
-            self.active = False
-            _STOPPING.reset(token)
+            self.states = None
+            _READING.reset(token)
+
+    def read(self, run) -> torch.Tensor:
+        """
+        Run the shared pass by calling `run` and return the routing states side by side: [batch, token, sum of widths].
+        """
+        if torch.compiler.is_compiling():
+            self.states = states = []
+            try:
+                last = self._run(run)
+            finally:
+                self.states = None
+        else:
+            with self.reading() as states:
+                last = self._run(run)
+        if self.stops and last is not None:
+            raise RuntimeError("the shared pass ended before the routing layer was reached")
+        return torch.cat([*states, *([last] if last is not None else [])], dim=-1)
+
+    @staticmethod
+    def _run(run):
+        try:
+            return run().last_hidden_state
+        except PrefixReachedError:
+            return None
+
+
+class StateTap:
+    """Forward pre-hook of a module whose input is a routing state; the last of a prefix ends the pass."""
+
+    def __init__(self, reader: StateReader, ends: bool):
+        self.reader, self.ends = reader, ends
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        stopping = self.active if torch.compiler.is_compiling() else _STOPPING.get() is self
-        if stopping:
-            raise PrefixReachedError(args[0] if args else next(iter(kwargs.values())))
-
-
-def routing_state(run, stop: PrefixStop | None) -> torch.Tensor:
-    """
-    Run the shared pass by calling `run` and return the routing states [batch, token, hidden].
-
-    With `stop`, the pass ends at the hooked module and returns that module's input; else it is the pass's last state.
-    """
-    if stop is None:
-        return run().last_hidden_state
-    try:
-        if torch.compiler.is_compiling():
-            stop.active = True
-            run()
-        else:
-            with stop.stopping():
-                run()
-    except PrefixReachedError as reached:
-        return reached.args[0]
-    finally:
-        stop.active = False
-    raise RuntimeError("the shared pass ended before the routing layer was reached")
+        states = self.reader.collected()
+        if states is None:
+            return
+        states.append(args[0] if args else next(iter(kwargs.values())))
+        if self.ends:
+            raise PrefixReachedError

@@ -28,7 +28,9 @@ ALLOWED: dict[str, set[str]] = {
     "artifact": {"errors", "modeling"},
     "hub_upload": {"artifact", "errors", "modeling"},
     "inference": {"processing"},
-    "router_training": {"compression", "errors", "modeling"},
+    "closed_form": {"errors", "modeling"},
+    "router_training": {"closed_form", "compression", "errors", "modeling", "recipe"},
+    "router_choice": {"modeling", "recipe", "router_training"},
     "preflight": {"checkpoints", "data", "errors", "modeling", "processing", "recipe"},
     "probe": {"artifact", "errors", "modeling"},
     "separation": {
@@ -39,7 +41,8 @@ ALLOWED: dict[str, set[str]] = {
     "starter": {"checkpoints", "errors", "modeling", "preflight", "processing"},
     "progress": set(),
     "build_router": {
-        "checkpoints", "errors", "inference", "modeling", "preflight", "probe", "progress", "router_training", "separation",
+        "checkpoints", "closed_form", "errors", "inference", "modeling", "preflight", "probe", "progress", "router_choice",
+        "router_training", "separation",
     },
     "builder": {
         "_version", "artifact", "build_router", "checkpoints", "data", "errors", "hub_upload", "modeling", "pictures",

@@ -83,7 +83,7 @@ def test_every_key_arrives(tmp_path):
     assert (b.data.train, b.data.validation, b.data.test) == (tmp_path / "b.jsonl", None, None)
     assert recipe.exclusive == Exclusive("svd", None, 0.25, "bfloat16")
     router = recipe.router
-    assert (router.type, router.layer, router.router_pass, router.temperature) == ("mlp", 1, "prefix", 2.0)
+    assert (router.type, router.layers, router.router_pass, router.temperature) == ("mlp", (1,), "prefix", 2.0)
     assert (router.top_k, router.epochs, router.lr, router.rank, router.rows) == (1, 3, 0.01, 4, 50)
     assert (recipe.include, recipe.exclude) == (("a.*",), ("b.*", "c"))
     assert (recipe.dtype, recipe.out_dtype, recipe.seed, recipe.trust_remote_code) == ("float64", "bfloat16", 7, True)

@@ -221,7 +221,7 @@ def write_recipe(
     Args:
         data: whether the experts' rows stand in the recipe.
         experts: extra keys for single experts, by name.
-        overrides: top-level keys of the recipe; None removes a key.
+        overrides: top-level keys of the recipe; None removes a key. The router is `linear` where there is data.
     """
     entries = []
     for name in names:
@@ -229,7 +229,8 @@ def write_recipe(
         if data:
             entry["data"] = f"{name}.jsonl"
         entries.append({**entry, **copy.deepcopy((experts or {}).get(name, {}))})
-    content = {"base_model": "base", "experts": entries, **overrides}
+    router = {"router": "linear"} if data else {}
+    content = {"base_model": "base", "experts": entries, **router, **overrides}
     content = {key: value for key, value in content.items() if value is not None}
     path = Path(folder) / file
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")

@@ -1,6 +1,7 @@
 """The router of a build: where it reads, what it is trained on, and how it does on held-out rows."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,38 +11,70 @@ from transformers.pytorch_utils import Conv1D
 from twin_merging_hf.modeling.routing_twin_merging import ProjectionRouter
 
 from .checkpoints import Checkpoint
+from .closed_form import fit_novelty
 from .errors import TwinMergingError
 from .inference import run_over
 from .preflight import Inputs
 from .probe import random_inputs
 from .progress import Progress
+from .router_choice import Candidate, candidate_layers, choose
 from .router_training import RouterData, RouterReport, router_report, subspace, train_router
 from .separation import Separation, delta_from_base
 
 
+_PROJECTION_RANK = 16
+_NEIGHBOUR_DIMENSION = 64
+
+
 def router_type(inputs: Inputs) -> str:
+    """The type that the recipe asks for; `auto` without data is `projection`, with data it is decided by held-out rows."""
     wanted = inputs.recipe.router.type
-    if wanted != "auto":
-        return wanted
-    return "linear" if inputs.rows is not None else "projection"
+    return "projection" if wanted == "auto" and inputs.rows is None else wanted
 
 
-def routing_fields(first: Checkpoint, inputs: Inputs) -> dict[str, Any]:
-    """Config fields that say where the routing state is read."""
+def routing_fields(first: Checkpoint, inputs: Inputs, candidate: Candidate | None = None) -> dict[str, Any]:
+    """
+    Config fields that say what the router is and where it reads.
+
+    Args:
+        candidate: what `auto` chose; None, with `auto`: a router that reads everything that may be chosen.
+    """
     settings, kind = inputs.recipe.router, router_type(inputs)
-    layer = None
-    if settings.router_pass == "prefix":
-        layer = settings.layer if settings.layer is not None else first.layer_count // 2
-    fields: dict[str, Any] = {"router_layer": layer}
-    fields |= {"router_type": kind, "router_pass": settings.router_pass, "router_input_size": first.config.hidden_size}
-    fields["router_top_k"] = settings.top_k
+    layers, router_pass = settings.layers, settings.router_pass
+    if candidate is not None:
+        kind, layers, router_pass = candidate.type, candidate.layers, candidate.router_pass
+    elif kind == "auto":
+        kind, layers, router_pass = "linear", _auto_layers(first, inputs), "full"
+    elif layers is None:
+        layers = (first.layer_count // 2,) if router_pass == "prefix" else ()
+    stops = router_pass == "prefix"
+    states = len(layers) + (not stops)
+    fields: dict[str, Any] = {
+        "router_type": kind,
+        "router_pass": router_pass,
+        "router_layer": layers[-1] if stops else None,
+        "router_layers": list(layers[:-1] if stops else layers),
+        "router_input_size": states * first.config.hidden_size,
+        "router_top_k": settings.top_k,
+    }
     if kind == "projection":
-        readers = readers_of_layer(first, f"{first.layers_path}.{layer}")
-        width = min(settings.rank, first.config.hidden_size)
+        readers = readers_of_layer(first, f"{first.layers_path}.{layers[-1]}")
+        width = min(settings.rank or _PROJECTION_RANK, first.config.hidden_size)
         # Shares of energy are no probabilities: unless told otherwise, the largest takes the row.
         top_k = settings.top_k if settings.top_k is not None else 1
         fields |= {"router_site": readers[0], "router_rank": width, "router_top_k": top_k}
+    if kind == "knn":
+        fields["router_rank"] = min(settings.rank or _NEIGHBOUR_DIMENSION, fields["router_input_size"])
+        fields |= {"router_exemplars": settings.exemplars, "router_neighbours": settings.neighbours}
+    if settings.none is not None:
+        fields["router_none_distance"] = 1.0  # until it is measured
     return fields
+
+
+def _auto_layers(first: Checkpoint, inputs: Inputs) -> tuple[int, ...]:
+    if inputs.recipe.router.router_pass == "full":
+        return ()
+    return inputs.recipe.router.layers or candidate_layers(first.layer_count)
 
 
 @torch.no_grad()
@@ -63,21 +96,54 @@ def readers_of_layer(first: Checkpoint, layer: str) -> list[str]:
     return [path for path, state in calls if state is calls[0][1]]
 
 
-def make_router(model: Any, separation: Separation, inputs: Inputs, progress: Progress) -> RouterReport | None:
-    """Train or build the router in place; return its figures on held-out rows, if there are any."""
-    config, settings = model.config, inputs.recipe.router
+def make_router(
+    assemble: Callable[[dict[str, Any]], Any], separation: Separation, inputs: Inputs, progress: Progress
+) -> tuple[Any, RouterReport | None]:
+    """
+    Assemble the model and train or build its router.
+
+    Args:
+        assemble: makes the model from the config fields of routing.
+
+    Returns:
+        The model, and its router's figures on held-out rows, if there are any.
+    """
+    first, recipe = inputs.experts[0], inputs.recipe
+    model = assemble(routing_fields(first, inputs))
     if isinstance(model.router, ProjectionRouter):
         _fit_projection(model, separation, inputs)
-        config.router_temperature = settings.temperature or 1.0
+        model.config.router_temperature = recipe.router.temperature or 1.0
     if inputs.rows is None:
-        return None
+        return model, None
     data = _router_data(model, inputs, progress)
-    if not isinstance(model.router, ProjectionRouter):
-        train_router(model.router, data, settings.epochs, settings.lr, inputs.recipe.seed, progress.say)
-    temperature = config.router_temperature if config.router_type == "projection" else settings.temperature
-    report = router_report(model.router.eval(), data, config.router_type, temperature)
+    comparison: list[dict] = []
+    if router_type(inputs) == "auto":
+        layers, width = _auto_layers(first, inputs), first.config.hidden_size
+        candidate, comparison = choose(data, layers, width, recipe, progress.say)
+        del model  # two at once would double the memory
+        model = assemble(routing_fields(first, inputs, candidate))
+        data = candidate.select(data, layers, width)
+    report = _fit(model, data, inputs, progress)
+    return model, replace(report, comparison=comparison)
+
+
+def _fit(model: Any, data: RouterData, inputs: Inputs, progress: Progress) -> RouterReport:
+    config, settings, seed = model.config, inputs.recipe.router, inputs.recipe.seed
+    given = settings.temperature
+    if config.router_type == "projection":
+        given = config.router_temperature
+    else:
+        train_router(model.router, data, config.router_type, settings, seed, progress.say)
+    model.router.eval()
+    report = router_report(model.router, data, config.router_type, given)
     config.router_temperature = report.temperature
-    return report
+    none_share = None
+    if settings.none is not None:
+        distance = fit_novelty(model.router.novelty, data.train, data.train_experts, data.held_out, settings.none)
+        config.router_none_distance = distance
+        with torch.no_grad():
+            none_share = float((model.router.novelty(data.held_out) > distance).float().mean())
+    return replace(report, layers=config.state_layers, none_share=none_share)
 
 
 def _fit_projection(model: Any, separation: Separation, inputs: Inputs) -> None:

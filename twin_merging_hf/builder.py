@@ -22,7 +22,7 @@ from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
 
 from ._version import __version__
 from .artifact import LAYOUT, Storage, check_files, refuse_existing, staged, storage, write_json
-from .build_router import make_router, router_type, routing_fields
+from .build_router import make_router, router_type
 from .checkpoints import Checkpoint
 from .data import row_key
 from .errors import TwinMergingError
@@ -112,8 +112,7 @@ def _build_into(folder: Path, inputs: Inputs, progress: Progress) -> tuple[dict,
     names = progress.counter("merging and compressing", len(inputs.experts[0].backbone))
     separation = separate(inputs, tick=lambda name: names.update())
     names.close()
-    model = _assemble(separation, inputs)
-    router = make_router(model, separation, inputs, progress)
+    model, router = make_router(lambda fields: _assemble(separation, inputs, fields), separation, inputs, progress)
     _save(model, folder, inputs)
     loaded = type(model).from_pretrained(folder, config=model.config, dtype=torch.float32).eval()
     del model
@@ -141,8 +140,8 @@ def _build_into(folder: Path, inputs: Inputs, progress: Progress) -> tuple[dict,
 
 
 @torch.no_grad()
-def _assemble(separation: Separation, inputs: Inputs) -> Any:
-    """Make the wrapper model and put all tensors in their places."""
+def _assemble(separation: Separation, inputs: Inputs, routing: dict[str, Any]) -> Any:
+    """Make the wrapper model and put all tensors in their places; `routing` holds the config's fields of routing."""
     first = inputs.experts[0]
     shared_config = copy.deepcopy(first.config)
     shared_config.architectures, shared_config.problem_type = None, None
@@ -150,13 +149,12 @@ def _assemble(separation: Separation, inputs: Inputs) -> Any:
     shared_config.dtype = None
     shared_config.num_labels = 2
     space = inputs.label_space
-    site = routing_fields(first, inputs)
     dtype = model_dtype(inputs)
     config = TwinMergingConfig(
         shared_config=shared_config,
         shared_class=first.task_class.__name__,
         head_modules=first.head_modules,
-        layers_path="" if site["router_pass"] == "full" else first.layers_path,
+        layers_path=first.layers_path if routing["router_layer"] is not None or routing["router_layers"] else "",
         experts=inputs.entries,
         ranks=separation.ranks,
         exact_deltas=separation.exact,
@@ -166,7 +164,7 @@ def _assemble(separation: Separation, inputs: Inputs) -> Any:
         problem_type="regression" if space.kind == "value" else "single_label_classification",
         provenance=_provenance(inputs),
         dtype=dtype,
-        **site,
+        **routing,
     )
     config.auto_map = dict(AUTO_MAP)
     auto_class = find_shared_class(config.shared_class)[1]

@@ -153,20 +153,21 @@ def _check_absent(checkpoint: Checkpoint, recipe: Recipe, problems: list[str], n
 
 
 def _check_router_layer(recipe: Recipe, first: Checkpoint) -> None:
-    layer = recipe.router.layer
+    layers = recipe.router.layers or ()
     untrained = recipe.router.type == "auto" and any(expert.data is None for expert in recipe.experts)
     if recipe.router.router_pass == "full" and untrained:
         raise TwinMergingError(
             "`router: auto` without `data` for every expert means `projection`, which reads a layer's input and cannot use "
             "`pass: full`; give data, or leave `pass` out"
         )
-    if recipe.router.router_pass == "full" and layer is None:
+    if recipe.router.router_pass == "full" and not layers:
         return
     if recipe.router.router_pass == "full":
         raise TwinMergingError("`router.layer` has no meaning with `pass: full`, which reads the last state")
     count = first.layer_count  # raises where the model has no list of layers
-    if layer is not None and layer >= count:
-        raise TwinMergingError(f"`router.layer` is {layer}, but the model has layers 0 to {count - 1}")
+    for layer in layers:
+        if layer >= count:
+            raise TwinMergingError(f"`router.layer` is {layer}, but the model has layers 0 to {count - 1}")
 
 
 def compare_backbones(checkpoint: Checkpoint, first: Checkpoint) -> list[str]:

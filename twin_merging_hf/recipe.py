@@ -67,9 +67,15 @@ class RouterSettings:
     """How rows are routed, and how the router is trained."""
 
     type: str = "auto"
-    """`linear`, `mlp`, `projection`, or `auto`: `linear` if every expert has data, else `projection`."""
-    layer: int | None = None
-    """`prefix` reads the state before this layer; default: the middle one."""
+    """
+    `linear`, `mlp`, `centroid`, `knn`, `projection`, or `auto`: what does best on held-out rows if every expert has data,
+    else `projection`.
+    """
+    layers: tuple[int, ...] | None = None
+    """
+    The router reads the states before these layers, and a `prefix` pass ends before the last of them; default: the
+    middle one (`auto`: chosen).
+    """
     router_pass: str = "prefix"
     temperature: float | None = None
     """None: fitted on held-out rows (1.0 for `projection`)."""
@@ -77,8 +83,14 @@ class RouterSettings:
     epochs: int = 10
     """Of the `mlp` router; the `linear` one is solved to convergence."""
     lr: float = 5e-4
-    rank: int = 16
-    """Dimension of each expert's subspace (`projection`)."""
+    none: float | None = None
+    """The `none` route: the share of the experts' own held-out rows that may be taken for strange; None: no such route."""
+    rank: int | None = None
+    """Dimension of each expert's subspace (`projection`: 16), or of the space of neighbours (`knn`: 64)."""
+    exemplars: int = 100
+    """Rows kept of each expert (`knn`)."""
+    neighbours: int = 10
+    """How many exemplars vote (`knn`)."""
     rows: int = 1000
     """At most this many training rows for each expert (the paper's number)."""
 
@@ -193,13 +205,20 @@ def _check_together(recipe: Recipe, content: dict) -> None:
     if recipe.merge_method == "linear" and recipe.normalize and sum(e.weight for e in recipe.experts) == 0:
         raise TwinMergingError("the experts' `parameters.weight` sum to 0, so `linear` cannot normalise them")
     without = [expert.name for expert in recipe.experts if expert.data is None]
-    if recipe.router.type in ("linear", "mlp") and without:
+    if recipe.router.type not in ("auto", "projection") and without:
         raise TwinMergingError(
             f"router {recipe.router.type!r} is trained on `data`, which expert {without[0]!r} does not have; "
             "give `data` for every expert, or `router: {type: projection}`, which needs none"
         )
     if recipe.router.top_k is not None and recipe.router.top_k > len(recipe.experts):
         raise TwinMergingError(f"`router.top_k` is {recipe.router.top_k}, but there are {len(recipe.experts)} experts")
+    if recipe.router.none is not None and without:
+        raise TwinMergingError(
+            f"`router.none` is measured on `data`, which expert {without[0]!r} does not have; give `data` for every expert, "
+            "or leave `none` out"
+        )
+    if recipe.router.type == "projection" and len(recipe.router.layers or ()) > 1:
+        raise TwinMergingError("`projection` reads one state: give one `router.layer`")
     if recipe.router.type == "projection" and recipe.router.router_pass == "full":
         raise TwinMergingError("`router.pass: full` is not possible with `projection`, which reads a layer's input")
 
@@ -262,20 +281,57 @@ def _exclusive(raw: Any) -> Exclusive:
 def _router(raw: Any) -> RouterSettings:
     if isinstance(raw, str):
         raw = {"type": raw}
-    keys = ("type", "layer", "pass", "temperature", "top_k", "epochs", "lr", "rank", "rows")
+    keys = (
+        "type",
+        "layer",
+        "pass",
+        "temperature",
+        "top_k",
+        "none",
+        "epochs",
+        "lr",
+        "rank",
+        "exemplars",
+        "neighbours",
+        "rows",
+    )
     raw = _mapping(_or(raw, {}), "`router`", keys)
-    kind = _choice(raw, "type", ("auto", *ROUTER_TYPES), "auto")
     return RouterSettings(
-        type=kind,
-        layer=None if raw.get("layer") is None else _integer(raw, "layer", 0, 0),
+        type=_choice(raw, "type", ("auto", *ROUTER_TYPES), "auto"),
+        layers=_layers(raw.get("layer")),
         router_pass=_choice(raw, "pass", ROUTER_PASSES, "prefix"),
         temperature=None if raw.get("temperature") is None else _positive(raw, "temperature", 1.0),
         top_k=None if raw.get("top_k") is None else _integer(raw, "top_k", 1, 1),
+        none=_none_share(raw),
         epochs=_integer(raw, "epochs", 10, 1),
         lr=_positive(raw, "lr", 5e-4),
-        rank=_integer(raw, "rank", 16, 1),
+        rank=None if raw.get("rank") is None else _integer(raw, "rank", 16, 1),
+        exemplars=_integer(raw, "exemplars", 100, 1),
+        neighbours=_integer(raw, "neighbours", 10, 1),
         rows=_integer(raw, "rows", 1000, 2),
     )
+
+
+def _layers(raw: Any) -> tuple[int, ...] | None:
+    if raw is None:
+        return None
+    layers = raw if isinstance(raw, list) else [raw]
+    legal = all(isinstance(layer, int) and not isinstance(layer, bool) and 0 <= layer < 1 << 20 for layer in layers)
+    if not legal or not layers or len(set(layers)) != len(layers):
+        raise TwinMergingError(f"`router.layer` must be a layer's number, or a list of different ones, got {raw!r}")
+    return tuple(sorted(layers))
+
+
+def _none_share(raw: dict) -> float | None:
+    value = raw.get("none")
+    if value is None or value is False:
+        return None
+    if value is True:
+        return 0.05
+    share = _positive(raw, "none", 0.05)
+    if share >= 1:
+        raise TwinMergingError(f"`router.none` is a share of rows: true (0.05), or between 0 and 1, got {value!r}")
+    return share
 
 
 # ---- small checks, all of which name the key --------------------------------------------------------------------

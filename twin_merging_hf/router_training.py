@@ -1,15 +1,17 @@
 """Routers: trained on the shared model's states of train rows, or built from the experts' deltas without data."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from twin_merging_hf.modeling.routing_twin_merging import LinearRouter, MLPRouter
+from twin_merging_hf.modeling.routing_twin_merging import LinearRouter, MLPRouter, NeighbourRouter
 
+from .closed_form import fit_centroid, fit_neighbours
 from .compression import truncated_svd
 from .errors import TwinMergingError
+from .recipe import RouterSettings
 
 
 _WEIGHT_DECAY = 1e-3
@@ -35,6 +37,8 @@ class RouterReport:
     How a router does on rows that its training did not see.
 
     confusion: [expert, chosen expert] counts over held-out rows. negative_log_likelihood: at the chosen temperature.
+    comparison: what `auto` tried: the same figures for each candidate. none_share: of held-out rows, how many the
+    `none` route takes.
     """
 
     type: str
@@ -43,21 +47,32 @@ class RouterReport:
     accuracy: float
     negative_log_likelihood: float
     confusion: list[list[int]]
+    layers: list[int] = field(default_factory=list)
+    none_share: float | None = None
+    comparison: list[dict] = field(default_factory=list)
 
 
 def train_router(
-    router: LinearRouter | MLPRouter,
+    router: nn.Module,
     data: RouterData,
-    epochs: int,
-    lr: float,
+    kind: str,
+    settings: RouterSettings,
     seed: int,
     tick: Callable[[str], None] = lambda message: None,
 ) -> None:
-    """Fit a router in place. The `mlp` keeps the epoch that does best on held-out rows (never on test rows)."""
+    """
+    Fit a router of type `kind` in place.
+
+    The `mlp` keeps the epoch that does best on held-out rows (never on test rows); `centroid` and `knn` are solved.
+    """
     if isinstance(router, MLPRouter):
-        _train_mlp(router, data, epochs, lr, seed, tick)
+        _train_mlp(router, data, settings.epochs, settings.lr, seed, tick)
+    elif isinstance(router, NeighbourRouter):
+        fit_neighbours(router, data.train, data.train_experts, seed)
+    elif kind == "centroid":
+        fit_centroid(router, data.train, data.train_experts)  # type: ignore[arg-type]
     else:
-        _fit_linear(router, data, tick)
+        _fit_linear(router, data, tick)  # type: ignore[arg-type]
 
 
 def _fit_linear(router: LinearRouter, data: RouterData, tick: Callable[[str], None]) -> None:

@@ -108,7 +108,9 @@ def test_gradients_pass_through_top_k():
     ("kind", "expected"), [("linear", LinearRouter), ("mlp", MLPRouter), ("projection", ProjectionRouter)]
 )
 def test_each_router_type_is_made_for_the_config_s_experts(kind, expected):
-    config = SimpleNamespace(router_type=kind, router_input_size=6, router_rank=2, experts=[{}] * 3)
+    config = SimpleNamespace(
+        router_type=kind, router_input_size=6, router_rank=2, router_none_distance=None, experts=[{}] * 3
+    )
     router = new_router(config).eval()
     assert type(router) is expected
     with torch.no_grad():
