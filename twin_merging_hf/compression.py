@@ -9,10 +9,11 @@ import torch
 # Randomised SVD pays where the rank is small beside the matrix; below this size the exact one costs nothing.
 _EXACT_BELOW = 128
 _OVERSAMPLING = 16
-_POWER_STEPS = 4
-_MAX_POWER_STEPS = 24
-# What further steps may still add to the captured energy, as a share of what is left; half of it is the error's excess.
-_UNSETTLED = 5e-4
+# Blocks of the Krylov space: at least, and at most before the SVD is done exactly.
+_LEAST_BLOCKS = 5
+_MOST_BLOCKS = 24
+# What further blocks may still add to the captured energy, as a share of what is left; half of it is the error's excess.
+_UNSETTLED = 2e-4
 _ROUNDING = 1e-7
 # All singular values come from the Gram matrix up to this size of its side; the leading ones of larger matrices are sketched.
 _GRAM_BELOW = 1024
@@ -59,7 +60,7 @@ def truncated_svd(matrix: torch.Tensor, rank: int, seed_text: str) -> tuple[torc
     """Leading singular triplets: u [m, rank], s [rank], vh [rank, n]; exact where that is cheap, else randomised."""
     smallest = min(matrix.shape)
     rank = min(rank, smallest)
-    if smallest <= _EXACT_BELOW or 4 * (rank + _OVERSAMPLING) > smallest:
+    if smallest <= _EXACT_BELOW or 2 * _LEAST_BLOCKS * (rank + _OVERSAMPLING) > smallest:
         u, s, vh = exact_svd(matrix)
         return u[:, :rank], s[:rank], vh[:rank]
     return randomised_svd(matrix, rank, seed_text)
@@ -81,31 +82,35 @@ def named_generator(seed_text: str) -> torch.Generator:
 
 def randomised_svd(matrix: torch.Tensor, rank: int, seed_text: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Randomised range finder with QR power steps (Halko, Martinsson, Tropp 2011).
+    Randomised block Krylov iteration (Musco and Musco 2015): power steps whose blocks are all kept.
 
-    Steps go on until further ones can add next to nothing to the captured energy, measured by what is left; where they
-    do not get there (spectra of many nearly equal values), the SVD is done exactly.
+    Blocks are added until further ones can add next to nothing to the captured energy, measured by what is left; where
+    they do not get there (spectra of many nearly equal values), the SVD is done exactly.
     """
     total = float(matrix.double().pow(2).sum())
     sketch = torch.randn(matrix.shape[1], rank + _OVERSAMPLING, generator=named_generator(seed_text))
-    basis = torch.linalg.qr(matrix @ sketch).Q
+    block = torch.linalg.qr(matrix @ sketch).Q
+    basis = block
     captured = gain = 0.0
-    for step in range(1, _MAX_POWER_STEPS + 1):
-        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
-        if step < _POWER_STEPS - 1:
+    for blocks in range(2, _MOST_BLOCKS + 1):
+        if basis.shape[1] + block.shape[1] > min(matrix.shape) // 2:
+            break
+        block = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ block).Q).Q
+        basis = torch.linalg.qr(torch.cat([basis, block], dim=1)).Q
+        if blocks < _LEAST_BLOCKS - 1:
             continue
         u, s, vh = exact_svd(basis.T @ matrix)
         energy = float(s[:rank].double().pow(2).sum())
         gain_before, gain = gain, energy - captured
         captured = energy
-        if step >= _POWER_STEPS and _settled(gain, gain_before, total - energy, total):
+        if blocks >= _LEAST_BLOCKS and _settled(gain, gain_before, total - energy, total):
             return basis @ u[:, :rank], s[:rank], vh[:rank]
     u, s, vh = exact_svd(matrix)
     return u[:, :rank], s[:rank], vh[:rank]
 
 
 def _settled(gain: float, gain_before: float, left: float, total: float) -> bool:
-    """Whether gains that shrink geometrically, as those of power steps do, have next to nothing to come."""
+    """Whether gains that shrink geometrically, as those of Krylov blocks do, have next to nothing to come."""
     if gain <= _ROUNDING * total:
         return True
     shrink = min(gain / gain_before, 0.99) if gain_before > 0 else 0.99
