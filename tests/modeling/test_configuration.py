@@ -56,6 +56,12 @@ BAD: dict[str, tuple[dict, str]] = {
     "no rank": ({"ranks": {WEIGHT: [0, 0]}}, "`ranks.*got \\[0, 0\\]"),
     "rank as a word": ({"ranks": {WEIGHT: ["2", 0]}}, "`ranks"),
     "a delta twice": ({"exact_deltas": [WEIGHT]}, f"'{WEIGHT}' stands in both `ranks` and `exact_deltas`"),
+    "no entries": ({"ranks": {}, "sparse_deltas": {WEIGHT: [0, 0]}}, "`sparse_deltas.*one count.*got \\[0, 0\\]"),
+    "sparse and factored": ({"sparse_deltas": {WEIGHT: [3, 1]}}, "stands in both `ranks` and `sparse_deltas`"),
+    "sparse integers": (
+        {"ranks": {}, "sparse_deltas": {WEIGHT: [3, 1]}, "factor_dtype": "int8"},
+        "`factor_dtype` 'int8' is for factors",
+    ),
     "no labels": ({"experts": expert(labels=[])}, "expert 'a': `labels`"),
     "a label twice": ({"experts": expert(labels=["x", "x"])}, "expert 'a': `labels`"),
     "problem type": ({"experts": expert(problem_type="multi_label_classification")}, "expert 'a': `problem_type`"),

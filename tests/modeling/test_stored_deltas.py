@@ -151,12 +151,11 @@ def test_compiled_models_answer_the_same(world, stored):
 @pytest.mark.parametrize("stored", INTEGERS)
 def test_integers_load_through_meta_and_cannot_be_trained(world, stored):
     folder = artifact(world, stored)
-    config = read_config(folder)
+    loaded, config = load(folder), read_config(folder)
     with torch.device("meta"):
-        empty = type(load(folder))(config)
-    tensors = load_file(folder / "model.safetensors")
-    empty.load_state_dict(tensors, assign=True)
-    loaded = load(folder)
+        empty = type(loaded)(config)
+    assert {value.device.type for key, value in empty.state_dict().items() if key.startswith("deltas.")} == {"meta"}
+    empty.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
     assert all(torch.equal(value, empty.state_dict()[key]) for key, value in loaded.state_dict().items())
     trainable = {name for name, _ in loaded.named_parameters() if name.startswith("deltas.")}
     assert trainable and all(name.endswith(".delta") for name in trainable)
