@@ -1,5 +1,6 @@
 """Configuration of a Twin-Merging artifact: what the shared model is, who the experts are, how rows are routed."""
 
+import itertools
 import re
 from dataclasses import field
 from typing import Any
@@ -12,7 +13,7 @@ ROUTER_TYPES = ("linear", "mlp", "centroid", "knn", "projection")
 ROUTER_PASSES = ("prefix", "full")
 EXPERT_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 RESERVED_EXPERT_NAMES = ("all", "none", "__shared__", "__base__")
-FACTOR_DTYPES = ("float32", "bfloat16", "float16")
+FACTOR_DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
 
 
 def check_expert_names(names: list[str]) -> None:
@@ -48,7 +49,10 @@ class TwinMergingConfig(PreTrainedConfig):
         exact_deltas (`list[str]`):
             Parameters whose deltas are stored exactly (vectors: biases, norms, class tokens).
         factor_dtype (`str`):
-            Storage type of the factors on disk; in memory they follow the model's dtype.
+            Storage type of the factors on disk. Floats follow the model's dtype in memory; `int8` and `int4` (packed,
+            one scale for each rank direction) stay as they are, are unpacked in each call, and cannot be trained.
+        sparse_deltas (`dict[str, list[int]]`):
+            Instead of factors, for ablations: for each parameter, the number of stored entries of each expert's delta.
         router_type, router_pass, router_layer, router_temperature, router_top_k:
             `linear`, `mlp`, `centroid`, `knn` or `projection`; `full` (whole shared pass) or `prefix` (the state before
             layer `router_layer`); weights are `softmax(logits / router_temperature)`, the largest `router_top_k` kept.
@@ -83,6 +87,7 @@ class TwinMergingConfig(PreTrainedConfig):
     ranks: dict = field(default_factory=dict)
     exact_deltas: list = field(default_factory=list)
     factor_dtype: str = "float32"
+    sparse_deltas: dict = field(default_factory=dict)
     router_type: str = "linear"
     router_pass: str = "prefix"
     router_layer: int | None = None
@@ -110,6 +115,7 @@ class TwinMergingConfig(PreTrainedConfig):
         self.ranks = dict(self.ranks or {})
         self.exact_deltas = list(self.exact_deltas or [])
         self.router_layers = list(self.router_layers or [])
+        self.sparse_deltas = dict(self.sparse_deltas or {})
         self.provenance = dict(self.provenance or {})
         super().__post_init__(**kwargs)
         if self.experts:
@@ -181,18 +187,25 @@ class TwinMergingConfig(PreTrainedConfig):
         self._validate_router()
 
     def _validate_deltas(self) -> None:
-        for name, ranks in self.ranks.items():
-            legal = isinstance(ranks, list) and all(isinstance(r, int) and 0 <= r <= 1 << 20 for r in ranks)
-            if not legal or len(ranks) != len(self.experts) or not any(ranks):
-                raise ValueError(
-                    f"`ranks[{name!r}]` must give one rank >= 0 for each of the {len(self.experts)} experts "
-                    f"(not all 0), got {ranks!r}"
-                )
-        both = set(self.ranks) & set(self.exact_deltas)
-        if both:
-            raise ValueError(f"{sorted(both)[0]!r} stands in both `ranks` and `exact_deltas`")
+        for field_name, unit, most in (("ranks", "rank", 1 << 20), ("sparse_deltas", "count", 1 << 31)):
+            for name, numbers in getattr(self, field_name).items():
+                legal = isinstance(numbers, list) and all(isinstance(r, int) and 0 <= r <= most for r in numbers)
+                if not legal or len(numbers) != len(self.experts) or not any(numbers):
+                    raise ValueError(
+                        f"`{field_name}[{name!r}]` must give one {unit} >= 0 for each of the {len(self.experts)} experts "
+                        f"(not all 0), got {numbers!r}"
+                    )
+        places = {"ranks": self.ranks, "exact_deltas": self.exact_deltas, "sparse_deltas": self.sparse_deltas}
+        for one, other in itertools.combinations(places, 2):
+            both = set(places[one]) & set(places[other])
+            if both:
+                raise ValueError(f"{sorted(both)[0]!r} stands in both `{one}` and `{other}`")
         if self.factor_dtype not in FACTOR_DTYPES:
             raise ValueError(f"`factor_dtype` must be one of {', '.join(FACTOR_DTYPES)}, got {self.factor_dtype!r}")
+        if self.sparse_deltas and self.factor_dtype.startswith("int"):
+            raise ValueError(
+                f"`factor_dtype` {self.factor_dtype!r} is for factors; `sparse_deltas` are stored as floats"
+            )
 
     def _validate_router(self) -> None:
         if self.router_type not in ROUTER_TYPES:

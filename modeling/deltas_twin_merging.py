@@ -1,7 +1,7 @@
 """
 Expert deltas on the shared model's parameters, one mixture per row: y_b = W x_b + sum_t w[b,t] up_t (down_t x_b).
 
-A delta module holds all experts' factors of one parameter, side by side, and is reached through its own forward only,
+A delta module holds all experts' deltas of one parameter, side by side, and is reached through its own forward only,
 so that offloading and deepcopy work. Hooks add its output to that of the module that owns the parameter.
 """
 
@@ -12,109 +12,22 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .factors_twin_merging import (
+    Conv1DDelta,
+    Conv2dDelta,
+    EmbeddingDelta,
+    ExactDelta,
+    LinearDelta,
+    TableDelta,
+    rows_like,
+)
 from .mix_twin_merging import CallWeights, ExpertMix
+from .sparse_twin_merging import SparseDelta
 
 
 def delta_key(parameter_name: str) -> str:
     """Name of a parameter's delta module (module names cannot contain dots)."""
     return parameter_name.replace(".", "-")
-
-
-def rows_like(columns: torch.Tensor, x: torch.Tensor, feature_dims: int = 1) -> torch.Tensor:
-    """
-    Shape per-row values [batch, n] so that they multiply an [rows, ..., n] tensor computed from `x`.
-
-    `x` has one row (broadcast), `batch` rows, or `batch * k` rows that follow each other row by row.
-    """
-    batch, rows = columns.shape[0], x.shape[0]
-    if rows not in (1, batch):
-        if rows % batch:
-            raise ValueError(
-                f"a module got {rows} rows where the batch has {batch}; its rows cannot be matched with expert weights"
-            )
-        columns = columns.repeat_interleave(rows // batch, dim=0)
-    return columns.reshape(columns.shape[0], *([1] * (x.dim() - 1 - feature_dims)), *columns.shape[1:])
-
-
-class FactoredDelta(nn.Module):
-    """
-    Low-rank deltas of one parameter seen as a matrix [m, n]: delta_t = up[:, t] @ down[t].
-
-    Args:
-        ranks: rank of each expert's delta; column blocks of `up` [m, sum(ranks)], row blocks of `down` [sum(ranks), n].
-    """
-
-    def __init__(self, ranks: list, m: int, n: int):
-        super().__init__()
-        self.ranks = tuple(ranks)
-        self.down = nn.Parameter(torch.empty(sum(ranks), n))
-        self.up = nn.Parameter(torch.empty(m, sum(ranks)))
-
-    def coefficients(self, call: CallWeights, x: torch.Tensor) -> torch.Tensor:
-        columns = call.columns(self.ranks)
-        return columns.to(device=self.up.device, dtype=self.up.dtype)
-
-
-class LinearDelta(FactoredDelta):
-    """`nn.Linear` weight [out, in]."""
-
-    def forward(self, x: torch.Tensor, call: CallWeights) -> torch.Tensor:
-        h = F.linear(x.to(self.down.dtype), self.down)
-        return F.linear(h * rows_like(self.coefficients(call, x), x), self.up)
-
-
-class Conv1DDelta(FactoredDelta):
-    """Transformers' `Conv1D` weight [in, out]."""
-
-    def forward(self, x: torch.Tensor, call: CallWeights) -> torch.Tensor:
-        h = x.to(self.up.dtype) @ self.up
-        return (h * rows_like(self.coefficients(call, x), x)) @ self.down
-
-
-class EmbeddingDelta(FactoredDelta):
-    """`nn.Embedding` weight [vocabulary, hidden]."""
-
-    def forward(self, ids: torch.Tensor, call: CallWeights) -> torch.Tensor:
-        # One-dimensional ids are positions shared by all rows: each row gets its own table entries.
-        h = F.embedding(ids if ids.dim() > 1 else ids[None], self.up)
-        return (h * rows_like(self.coefficients(call, h), h)) @ self.down
-
-
-class Conv2dDelta(FactoredDelta):
-    """`nn.Conv2d` weight [out, in * kh * kw]: a k x k convolution to rank channels, then a 1 x 1 convolution."""
-
-    def __init__(self, ranks: list, weight_shape: torch.Size, stride, padding, dilation, padding_mode: str):
-        super().__init__(ranks, weight_shape[0], weight_shape[1:].numel())
-        self.kernel_shape = tuple(weight_shape[1:])
-        self.settings = {"stride": stride, "padding": padding, "dilation": dilation}
-        if padding_mode != "zeros":
-            raise ValueError(f"deltas of a Conv2d with padding_mode={padding_mode!r} are not supported")
-
-    def forward(self, x: torch.Tensor, call: CallWeights) -> torch.Tensor:
-        kernel = self.down.reshape(-1, *self.kernel_shape)
-        h = F.conv2d(x.to(kernel.dtype), kernel, **self.settings)  # [rows, rank, height, width]
-        h = h * rows_like(self.coefficients(call, h), h, feature_dims=3)[..., None, None]
-        return F.conv2d(h, self.up[..., None, None])
-
-
-class TableDelta(FactoredDelta):
-    """A bare parameter [1, m, n], such as ViT's position embeddings: returns per-row deltas [batch, m, n]."""
-
-    def forward(self, call: CallWeights) -> torch.Tensor:
-        coefficients = self.coefficients(call, self.up)  # [batch, rank]
-        return (self.up[None] * coefficients[:, None, :]) @ self.down
-
-
-class ExactDelta(nn.Module):
-    """Deltas of a vector (bias, norm, class token), kept exactly: `delta` [expert, *shape] -> [batch, *shape]."""
-
-    def __init__(self, experts: int, shape: tuple):
-        super().__init__()
-        self.delta = nn.Parameter(torch.empty(experts, *shape))
-
-    def forward(self, call: CallWeights) -> torch.Tensor:
-        weights = call.weights.to(device=self.delta.device, dtype=self.delta.dtype)
-        return torch.tensordot(weights, self.delta, dims=1)
 
 
 def is_rms_norm(module: nn.Module) -> bool:
@@ -155,19 +68,29 @@ def is_vector(shape: torch.Size) -> bool:
     return len(shape) == 1 or (len(shape) == 3 and shape[0] == 1 and 1 in shape[1:])
 
 
-def new_delta(rule: str, owner: Any, parameter: torch.Tensor, experts: int, ranks: list | None) -> nn.Module:
-    """Make the (uninitialised) delta module for one parameter."""
-    if ranks is None:
-        return ExactDelta(experts, tuple(parameter.shape))
+_FACTORED = {"linear": LinearDelta, "conv1d": Conv1DDelta, "embedding": EmbeddingDelta, "table": TableDelta}
+
+
+def new_factored(rule: str, owner: Any, parameter: torch.Tensor, ranks: list, storage: str) -> nn.Module:
+    """Make the (uninitialised) module of one parameter's factors; `storage` as in `FactoredDelta`."""
     if rule == "conv2d":
-        return Conv2dDelta(
-            ranks, parameter.shape, owner.stride, owner.padding, owner.dilation, padding_mode=owner.padding_mode
-        )
-    kinds = {"linear": LinearDelta, "conv1d": Conv1DDelta, "embedding": EmbeddingDelta, "table": TableDelta}
-    if rule not in kinds:
+        return Conv2dDelta(ranks, parameter.shape, _convolution_settings(owner), storage)
+    if rule not in _FACTORED:
         raise ValueError(f"a delta by rule {rule!r} cannot be factored")
     m, n = parameter.shape[-2:]
-    return kinds[rule](ranks, m, n)
+    return _FACTORED[rule](ranks, m, n, storage)
+
+
+def new_sparse(rule: str, owner: Any, parameter: torch.Tensor, counts: list) -> nn.Module:
+    """Make the (uninitialised) module of one parameter's sparse deltas."""
+    settings = _convolution_settings(owner) if rule == "conv2d" else {}
+    return SparseDelta(rule, counts, tuple(parameter.shape), settings)
+
+
+def _convolution_settings(owner: Any) -> dict:
+    if owner.padding_mode != "zeros":
+        raise ValueError(f"deltas of a Conv2d with padding_mode={owner.padding_mode!r} are not supported")
+    return {"stride": owner.stride, "padding": owner.padding, "dilation": owner.dilation}
 
 
 class DeltaHook:
@@ -188,7 +111,7 @@ class DeltaHook:
         return output
 
 
-def _module_term(module, x, output, delta, call):
+def _module_term(module, x, output, delta, call: CallWeights):
     return delta(x, call)
 
 
@@ -278,9 +201,18 @@ class RowByRowInterpolation:
         return torch.cat(rows, dim=0)
 
 
-def attach_deltas(model: nn.Module, mix: ExpertMix, ranks: dict, exact: list, experts: int) -> nn.ModuleDict:
+def attach_deltas(
+    model: nn.Module,
+    mix: ExpertMix,
+    ranks: dict,
+    exact: list,
+    experts: int,
+    storage: str = "float32",
+    sparse: dict | None = None,
+) -> nn.ModuleDict:
     """
-    Create the delta modules of `ranks` and `exact` and hook them to the modules of `model` that own the parameters.
+    Create the delta modules of `ranks`, `exact` and `sparse` (entries of each expert, by parameter) and hook them to the
+    modules of `model` that own the parameters; `storage` is that of the factors.
 
     Returns:
         `nn.ModuleDict` of delta modules by `delta_key`. The caller registers it; `model`'s own keys do not change.
@@ -288,10 +220,11 @@ def attach_deltas(model: nn.Module, mix: ExpertMix, ranks: dict, exact: list, ex
     Raises:
         ValueError: a parameter is missing, tied in a way that no rule covers, or of a kind that has no rule.
     """
+    sparse = sparse or {}
     deltas = nn.ModuleDict()
     hooks: dict = {}
     owners = parameter_owners(model)
-    for name in [*ranks, *exact]:
+    for name in [*ranks, *exact, *sparse]:
         if name not in owners:
             raise ValueError(f"the config has a delta for {name!r}, but the shared model has no such parameter")
         holders, parameter = owners[name]
@@ -301,7 +234,12 @@ def attach_deltas(model: nn.Module, mix: ExpertMix, ranks: dict, exact: list, ex
             if rule is None:
                 raise ValueError(f"no rule lets a delta of {name!r} ({type(owner).__name__}) act per row")
             if delta is None:
-                delta = new_delta(rule, owner, parameter, experts, ranks.get(name))
+                if name in ranks:
+                    delta = new_factored(rule, owner, parameter, ranks[name], storage)
+                elif name in sparse:
+                    delta = new_sparse(rule, owner, parameter, sparse[name])
+                else:
+                    delta = ExactDelta(experts, tuple(parameter.shape))
                 deltas[delta_key(name)] = delta
             _attach(hooks, owner, attribute, rule, delta, mix)
     return deltas

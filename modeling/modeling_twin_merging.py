@@ -20,7 +20,8 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, TransformersKwargs, cached_file, logging
 
 from .configuration_twin_merging import TwinMergingConfig
-from .deltas_twin_merging import ExactDelta, FactoredDelta, attach_deltas
+from .deltas_twin_merging import attach_deltas
+from .factors_twin_merging import INTEGER_BITS, ExactDelta, FactoredDelta
 from .heads_twin_merging import LabelSpace
 from .mix_twin_merging import CallWeights, CheckpointWithWeights, ExpertMix
 from .padding_twin_merging import TOKEN_INPUTS, align_left, restore_order
@@ -34,6 +35,7 @@ from .routing_twin_merging import (
     weights_from_logits,
 )
 from .shared_twin_merging import build_shared, find_shared_class
+from .sparse_twin_merging import SparseDelta
 
 
 logger = logging.get_logger(__name__)
@@ -113,7 +115,15 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
         self.shared = build_shared(config)
         self.mix = ExpertMix()
         self.label_space = LabelSpace.of(config.experts)
-        self.deltas = attach_deltas(self.shared, self.mix, config.ranks, config.exact_deltas, len(config.experts))
+        self.deltas = attach_deltas(
+            self.shared,
+            self.mix,
+            config.ranks,
+            config.exact_deltas,
+            len(config.experts),
+            storage=config.factor_dtype,
+            sparse=config.sparse_deltas,
+        )
         self.router = new_router(config)
         self._reader = self._hook_routing_states()
         self.main_input_name = self.shared.main_input_name
@@ -143,13 +153,19 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, FactoredDelta):
-            init.normal_(module.down, std=0.02)
-            init.zeros_(module.up)
+            if module.bits is None:
+                init.normal_(module.down, std=0.02)
+                init.zeros_(module.up)
+            else:
+                init.zeros_(module.scale)
         elif isinstance(module, ExactDelta):
             init.zeros_(module.delta)
         elif isinstance(module, (ProjectionRouter, NeighbourRouter, Novelty)):
             for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, std=0.02)
+        elif isinstance(module, SparseDelta):
+            init.zeros_(module.values)
+            init.zeros_(module.indices)
         else:
             super()._init_weights(module)
 
@@ -418,11 +434,13 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
             self._copy_companions(save_directory)
 
     def _storage_state_dict(self) -> dict:
-        """State dict with the factors in their storage type (loading widens them to the model's)."""
-        storage = getattr(torch, self.config.factor_dtype)
+        """State dict with the factors in their storage type (loading widens floats to the model's type)."""
         state = self.state_dict()
+        integers = self.config.factor_dtype in INTEGER_BITS
+        storage = None if integers else getattr(torch, self.config.factor_dtype)
         for key, value in state.items():
-            if key.startswith("deltas.") and key.endswith((".up", ".down")) and value.element_size() > storage.itemsize:
+            is_factor = key.startswith("deltas.") and key.endswith((".up", ".down", ".values"))
+            if is_factor and storage is not None and value.element_size() > storage.itemsize:
                 state[key] = value.to(storage)
             elif key.endswith("num_batches_tracked"):
                 state[key] = value.long()  # loading casts this count to the model's type

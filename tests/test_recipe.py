@@ -146,7 +146,21 @@ BAD = {
     ),
     "exclusive text": ({**MINIMAL, "exclusive": "svd"}, ["exclusive", "mapping", "rank"]),
     "exclusive zero": ({**MINIMAL, "exclusive": 0}, ["exclusive", "mapping"]),
-    "method": ({**MINIMAL, "exclusive": {"method": "magnitude"}}, ["method", "svd", "'magnitude'"]),
+    "method": ({**MINIMAL, "exclusive": {"method": "topk"}}, ["method", "svd, magnitude, bernoulli", "'topk'"]),
+    "magnitude without ratio": ({**MINIMAL, "exclusive": {"method": "magnitude"}}, ["magnitude", "needs `ratio`"]),
+    "bernoulli by rank": (
+        {**MINIMAL, "exclusive": {"method": "bernoulli", "rank": 2}},
+        ["bernoulli", "needs `ratio`", "not `rank`"],
+    ),
+    "sparse integers": (
+        {**MINIMAL, "exclusive": {"method": "magnitude", "ratio": 0.1, "dtype": "int8"}},
+        ["magnitude", "fp32 or bf16", "int8"],
+    ),
+    "energy and budget": ({**MINIMAL, "exclusive": {"energy": 0.5, "budget": 0.1}}, ["energy and budget", "not both"]),
+    "energy above one": ({**MINIMAL, "exclusive": {"energy": 1.01}}, ["energy", "at most 1", "1.01"]),
+    "energy zero": ({**MINIMAL, "exclusive": {"energy": 0}}, ["energy", "above 0"]),
+    "budget zero": ({**MINIMAL, "exclusive": {"budget": 0}}, ["budget", "above 0"]),
+    "budget text": ({**MINIMAL, "exclusive": {"budget": "5%"}}, ["budget", "number", "'5%'"]),
     "rank zero": ({**MINIMAL, "exclusive": {"rank": 0}}, ["rank", "at least 1", "0"]),
     "rank float": ({**MINIMAL, "exclusive": {"rank": 2.5}}, ["rank", "integer", "2.5"]),
     "rank true": ({**MINIMAL, "exclusive": {"rank": True}}, ["rank", "integer"]),
@@ -155,7 +169,7 @@ BAD = {
     "ratio above one": ({**MINIMAL, "exclusive": {"ratio": 1.5}}, ["ratio", "at most 1", "1.5"]),
     "ratio nan": ({**MINIMAL, "exclusive": {"ratio": float("nan")}}, ["ratio"]),
     "ratio text": ({**MINIMAL, "exclusive": {"ratio": "half"}}, ["ratio", "'half'"]),
-    "factor dtype": ({**MINIMAL, "exclusive": {"dtype": "int8"}}, ["dtype", "fp32", "bf16", "'int8'"]),
+    "factor dtype": ({**MINIMAL, "exclusive": {"dtype": "int2"}}, ["dtype", "fp32", "bf16", "int8", "int4", "'int2'"]),
     "factor dtype a list": ({**MINIMAL, "exclusive": {"dtype": ["fp32"]}}, ["dtype", "fp32"]),
     "router type": ({**MINIMAL, "router": "centroid"}, ["type", "auto, linear, mlp, projection", "'centroid'"]),
     "router number": ({**MINIMAL, "router": 3}, ["router", "mapping"]),
@@ -266,6 +280,22 @@ def test_rank_is_bounded_by_the_matrix_and_ratio_is_at_least_one():
     assert Exclusive(rank=None, ratio=0.5).rank_of(8, 20) == 4
     assert Exclusive(rank=None, ratio=0.01).rank_of(8, 20) == 1
     assert Exclusive(rank=None, ratio=1.0).rank_of(8, 20) == 8
+
+
+EXCLUSIVE = {
+    "energy": ({"energy": 0.9, "dtype": "int4"}, Exclusive("svd", None, None, "int4", energy=0.9)),
+    "all energy": ({"energy": 1}, Exclusive("svd", None, energy=1.0)),
+    "budget": ({"budget": 0.05, "dtype": "int8"}, Exclusive("svd", None, None, "int8", budget=0.05)),
+    "a budget above the model": ({"budget": 2}, Exclusive("svd", None, budget=2.0)),
+    "magnitude": ({"method": "magnitude", "ratio": 0.1}, Exclusive("magnitude", None, 0.1)),
+    "bernoulli": ({"method": "bernoulli", "ratio": 1, "dtype": "bf16"}, Exclusive("bernoulli", None, 1.0, "bfloat16")),
+}
+
+
+@pytest.mark.parametrize("case", EXCLUSIVE)
+def test_ways_to_size_the_deltas(case):
+    content, expected = EXCLUSIVE[case]
+    assert parse_recipe({**MINIMAL, "exclusive": content}).exclusive == expected
 
 
 def test_include_and_exclude_match_in_full():

@@ -8,10 +8,18 @@ import transformers
 import yaml
 
 from tests import files, tiny
-from twin_merging_hf import TwinMergingError, preflight
+from twin_merging_hf import TwinMergingError, compression, preflight, separation
 from twin_merging_hf.builder import Progress, build_artifact
+from twin_merging_hf.compression import spectrum
 from twin_merging_hf.recipe import load_recipe
-from twin_merging_hf.separation import Separation, as_matrix, delta_from_base, matrix_shape, separate
+from twin_merging_hf.separation import (
+    Separation,
+    as_matrix,
+    delta_from_base,
+    matrix_shape,
+    planned_bytes,
+    separate,
+)
 
 
 NAMES = ("a", "b", "c")
@@ -76,12 +84,43 @@ def delta_of(result: Separation, name: str, index: int) -> torch.Tensor:
     key = f"deltas.{name.replace('.', '-')}"
     if f"{key}.delta" in result.state:
         return result.state[f"{key}.delta"][index]
+    shape = result.state[f"shared.{name}"].shape
+    if name in result.sparse:
+        start = sum(result.sparse[name][:index])
+        part = slice(start, start + result.sparse[name][index])
+        flat = torch.zeros(shape.numel())
+        flat[result.state[f"{key}.indices"][part].long()] = result.state[f"{key}.values"][part].float()
+        return flat.reshape(shape)
     if name not in result.ranks:
         return torch.zeros(())
     start = sum(result.ranks[name][:index])
     part = slice(start, start + result.ranks[name][index])
-    up, down = result.state[f"{key}.up"].float(), result.state[f"{key}.down"].float()
-    return (up[:, part] @ down[part]).reshape(result.state[f"shared.{name}"].shape)
+    m, n = matrix_shape(shape)
+    up, down = result.state[f"{key}.up"], result.state[f"{key}.down"]
+    unit = 1.0
+    if up.dtype == torch.uint8:
+        up = torch.stack([up % 16, up // 16], dim=1).reshape(-1, up.shape[1])[:m].float() - 8
+        down = torch.stack([down % 16, down // 16], dim=2).reshape(len(down), -1)[:, :n].float() - 8
+        unit = 1 / 64
+    elif up.dtype == torch.int8:
+        unit = 1 / 128**2
+    if f"{key}.scale" in result.state:
+        up = up.float() * result.state[f"{key}.scale"].float() * unit
+    return (up.float()[:, part] @ down.float()[part]).reshape(shape)
+
+
+def losses(inputs: preflight.Inputs, result: Separation) -> dict[str, list[float]]:
+    """Squared norm of each expert's delta minus what is stored of it, by tensor."""
+    names = [key.removeprefix("shared.") for key in result.state if key.startswith("shared.") and ".heads." not in key]
+    return {
+        name: [
+            float(
+                (expert.tensor(name).double() - result.state[f"shared.{name}"] - delta_of(result, name, t)).pow(2).sum()
+            )
+            for t, expert in enumerate(inputs.experts)
+        ]
+        for name in names
+    }
 
 
 def test_every_tensor_is_accounted_for(world, kind):
@@ -266,3 +305,153 @@ def test_what_an_expert_changed_is_measured_from_the_base_or_else_from_the_share
     torch.testing.assert_close(delta_from_base(expert, inputs.base, {}, name).double(), a - base, atol=1e-6, rtol=0)
     from_shared = delta_from_base(expert, None, result.state, name)
     torch.testing.assert_close(from_shared, expert.tensor(name) - result.state[f"shared.{name}"])
+
+
+# ---- how many bytes, and for what --------------------------------------------------------------------------------
+
+STORAGES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+@pytest.mark.parametrize("dtype", STORAGES)
+def test_report_and_plan_say_what_is_stored_and_what_is_lost(world, kind, dtype):
+    folder, recipe = world.experts(kind), {"exclusive": {"rank": 5, "dtype": dtype}}
+    result, inputs = split(folder, "said.yaml", **recipe)
+    for name in result.ranks:
+        place = f"deltas.{name.replace('.', '-')}"
+        assert result.state[f"{place}.up"].dtype == result.state[f"{place}.down"].dtype == STORAGES[dtype]
+        assert (f"{place}.scale" in result.state) == dtype.startswith("int")
+    nothing = Separation(state={key: value for key, value in result.state.items() if key.startswith("shared.")})
+    lost, origin = losses(inputs, result), losses(inputs, nothing)
+    for name, entry in result.coverage.items():
+        if entry["treatment"] == "factored":
+            expected = [(part / whole) ** 0.5 for part, whole in zip(lost[name], origin[name], strict=True)]
+            assert entry["relative_error"] == pytest.approx(expected, abs=2e-3)
+            assert entry["bytes"] == sum(
+                value.nbytes
+                for key, value in result.state.items()
+                if key.startswith(f"deltas.{name.replace('.', '-')}.")
+            )
+    whole = sum(map(sum, origin.values()))
+    assert result.summary()["relative_error"] == pytest.approx((sum(map(sum, lost.values())) / whole) ** 0.5, abs=1e-3)
+    planned = planned_bytes(inputs)
+    assert (planned.shared, planned.deltas, planned.note) == (result.shared_bytes, result.delta_bytes, None)
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+@pytest.mark.parametrize("dtype", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("rank", [2, 6])
+def test_a_budget_loses_less_than_one_rank_for_all_at_equal_bytes(world, kind, dtype, rank):
+    folder = world.experts(kind)
+    uniform, inputs = split(folder, "uniform.yaml", exclusive={"rank": rank, "dtype": dtype})
+    budget = uniform.delta_bytes / uniform.shared_bytes
+    free, _ = split(folder, "budget.yaml", exclusive={"budget": budget, "dtype": dtype})
+    assert free.delta_bytes <= uniform.delta_bytes
+    before, after = (sum(map(sum, losses(inputs, result).values())) for result in (uniform, free))
+    assert after < before
+    assert free.ranks != uniform.ranks
+
+
+@pytest.mark.parametrize("budget", [0.15, 0.3, 0.5, 100])
+@pytest.mark.parametrize("dtype", ["bf16", "int4"])
+def test_a_budget_is_never_exceeded_and_nearly_used_up(world, dtype, budget):
+    result, inputs = split(world.experts("bert"), "limit.yaml", exclusive={"budget": budget, "dtype": dtype})
+    limit = int(budget * result.shared_bytes)
+    assert result.shared_bytes == sum(v.nbytes for k, v in result.state.items() if k.startswith("shared.bert."))
+    assert result.delta_bytes <= limit
+    planned = planned_bytes(inputs)
+    assert result.delta_bytes <= planned.deltas <= limit and "decided in the build" in str(planned.note)
+    if budget < 1:
+        assert result.delta_bytes > limit - 200  # less than one more direction
+
+
+def test_a_budget_too_small_for_the_vectors_says_what_would_do(world):
+    with pytest.raises(TwinMergingError, match=r"`exclusive.budget` is 0.001.*vectors.*give at least 0\.\d+"):
+        split(world.experts("bert"), "small.yaml", exclusive={"budget": 0.001})
+
+
+def test_what_a_budget_gives_nothing_is_reported_and_builds(world, tmp_path):
+    folder = world.experts("bert")
+    recipe = {"exclusive": {"budget": 0.13, "dtype": "int4"}}
+    result, inputs = split(folder, "tight.yaml", **recipe)
+    dropped = [name for name, entry in result.coverage.items() if entry["treatment"] == "dropped"]
+    assert dropped and not set(dropped) & {*result.ranks, *result.exact}
+    lost = losses(inputs, result)
+    for name in dropped:
+        assert result.coverage[name]["dropped_energy"] == pytest.approx(sum(lost[name]), rel=1e-4)
+        assert result.coverage[name]["bytes"] == sum(
+            v.nbytes for k, v in result.state.items() if k.startswith(f"deltas.{name.replace('.', '-')}.")
+        )
+    assert list(result.coverage)[: len(inputs.experts[0].backbone)] == list(inputs.experts[0].backbone)
+
+
+def test_a_budget_knows_enough_of_every_spectrum(world, monkeypatch):
+    """Where only leading singular values are computed, more follow until none is missing."""
+    folder, recipe = world.experts("bert"), {"exclusive": {"budget": 0.6}}
+    expected, _ = split(folder, "whole.yaml", **recipe)
+    caps = []
+
+    def capped(matrix, seed_text, cap=2):
+        caps.append(cap)
+        return spectrum(matrix, seed_text, cap)
+
+    monkeypatch.setattr(compression, "_GRAM_BELOW", 0)
+    monkeypatch.setattr(separation, "FIRST_CAP", 2)
+    monkeypatch.setattr(separation, "spectrum", capped)
+    found, _ = split(folder, "whole.yaml", **recipe)
+    assert found.ranks == expected.ranks and max(caps) > 2
+    assert max(rank for ranks in found.ranks.values() for rank in ranks) > 2
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_energy_gives_each_matrix_and_expert_its_smallest_rank(world, share):
+    folder = world.experts("bert")
+    result, inputs = split(folder, "share.yaml", exclusive={"energy": share, "dtype": "int8"})
+    experts = [stored(folder, name) for name in NAMES]
+    for name, ranks in result.ranks.items():
+        for t, rank in enumerate(ranks):
+            squares = torch.linalg.svdvals(experts[t][name] - result.state[f"shared.{name}"]).pow(2)
+            kept = squares.cumsum(0) / squares.sum()
+            assert kept[rank - 1] >= share - 1e-6 and (rank == 1 or kept[rank - 2] < share)
+    assert min(entry["energy_kept"][0] for entry in result.coverage.values() if "ranks" in entry) >= share - 1e-5
+    planned = planned_bytes(inputs)
+    assert planned.deltas > result.delta_bytes and "full rank" in str(planned.note)
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+@pytest.mark.parametrize("method", ["magnitude", "bernoulli"])
+def test_sparse_deltas_store_entries_of_the_delta(world, kind, method):
+    folder = world.experts(kind)
+    result, inputs = split(folder, "sparse.yaml", exclusive={"method": method, "ratio": 0.25})
+    assert result.sparse and not result.ranks
+    for name, counts in result.sparse.items():
+        for t, count in enumerate(counts):
+            delta = (inputs.experts[t].tensor(name).double() - result.state[f"shared.{name}"]).float()
+            kept = delta_of(result, name, t)
+            assert int((kept != 0).sum()) == count
+            if method == "magnitude":
+                assert count == round(0.25 * delta.numel())
+                assert delta[kept != 0].abs().min() >= delta[kept == 0].abs().max()
+            torch.testing.assert_close(kept[kept != 0], delta[kept != 0] * (4 if method == "bernoulli" else 1))
+    planned = planned_bytes(inputs)
+    if method == "magnitude":
+        assert planned.deltas == result.delta_bytes and planned.note is None
+    else:
+        assert planned.deltas == pytest.approx(result.delta_bytes, rel=0.05) and "random" in str(planned.note)
+
+
+def test_random_entries_follow_seed_expert_and_tensor(world):
+    def places(seed):
+        result, _ = split(
+            world.experts("bert"), "seeds.yaml", seed=seed, exclusive={"method": "bernoulli", "ratio": 0.3}
+        )
+        return {key: value for key, value in result.state.items() if key.endswith(".indices")}, result.sparse
+
+    first, counts = places(0)
+    again, _ = places(0)
+    other, _ = places(1)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not all(torch.equal(first[key], other[key]) for key in first)
+    name = "bert.encoder.layer.0.output.dense.weight"
+    blocks = first[f"deltas.{name.replace('.', '-')}.indices"].split(counts[name])
+    assert not torch.equal(blocks[0], blocks[1])

@@ -234,7 +234,8 @@ def check_files(folder: Path, config: TwinMergingConfig) -> list[str]:
 
 def _check_tensors(folder: Path, config: TwinMergingConfig) -> list[str]:
     skeleton = _skeleton(config)
-    expected = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
+    expected = dict(skeleton.state_dict())
+    sparse = {sparse_keys(name)[1]: name for name in config.sparse_deltas}
     renamings = [t for t in get_model_conversion_mapping(skeleton) if isinstance(t, WeightRenaming)]
     problems, seen = [], set()
     for file in weight_files(folder):
@@ -246,19 +247,34 @@ def _check_tensors(folder: Path, config: TwinMergingConfig) -> list[str]:
                     if key not in expected:
                         name, _ = rename_source_key(key, renamings, [], skeleton.base_model_prefix, expected)
                     seen.add(name)
-                    problems += _check_tensor(handle.get_tensor(key), key, expected.get(name))
+                    tensor = handle.get_tensor(key)
+                    found = _check_tensor(tensor, key, expected.get(name))
+                    if not found and name in sparse:
+                        owner = expected[f"shared.{sparse[name]}"]
+                        found = _check_places(tensor, key, config.sparse_deltas[sparse[name]], owner.numel())
+                    problems += found
         except (SafetensorError, OSError) as error:
             raise TwinMergingError(f"{file}: damaged: {error}") from error
     return problems + [f"tensor {name!r} is missing" for name in sorted(set(expected) - seen)]
 
 
-def _check_tensor(tensor: torch.Tensor, key: str, shape: torch.Size | None) -> list[str]:
-    if shape is None:
+def _check_tensor(tensor: torch.Tensor, key: str, expected: torch.Tensor | None) -> list[str]:
+    if expected is None:
         return [f"tensor {key!r} does not belong to this artifact"]
-    if tensor.shape != shape:
-        return [f"tensor {key!r} is {list(tensor.shape)}, expected {list(shape)}"]
+    if tensor.shape != expected.shape:
+        return [f"tensor {key!r} is {list(tensor.shape)}, expected {list(expected.shape)}"]
+    if tensor.dtype != expected.dtype and not (tensor.is_floating_point() and expected.is_floating_point()):
+        return [f"tensor {key!r} is of type {tensor.dtype}, expected {expected.dtype}"]
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         return [f"tensor {key!r} holds NaN or infinity"]
+    return []
+
+
+def _check_places(indices: torch.Tensor, key: str, counts: list[int], size: int) -> list[str]:
+    """Places of sparse entries must ascend within each expert and lie inside the parameter."""
+    for block in indices.split(counts):
+        if len(block) and (int(block[0]) < 0 or int(block[-1]) >= size or not bool((block.diff() > 0).all())):
+            return [f"tensor {key!r} must hold ascending places below {size} for each expert"]
     return []
 
 
@@ -283,6 +299,9 @@ class Inspection:
     router: dict
     storage: dict
     rank: dict
+    """Largest rank of each expert's factors, by name."""
+    delta: dict
+    """How deltas are stored: `kind` (`factors` or `sparse`), `dtype`, `sizes` (sum of ranks or of entries, by expert)."""
     provenance: dict
 
 
@@ -290,7 +309,9 @@ def inspect_artifact(folder: Path) -> Inspection:
     """Read what is inside an artifact without loading its weights. Raises `TwinMergingError` as `read_config`."""
     config = read_config(folder)
     sizes = storage(folder, config)
+    sizes_of = config.sparse_deltas or config.ranks
     per_expert = list(zip(*config.ranks.values(), strict=True)) if config.ranks else [() for _ in config.experts]
+    totals = [sum(numbers) for numbers in zip(*sizes_of.values(), strict=True)] if sizes_of else [0] * len(per_expert)
     return Inspection(
         folder=str(folder),
         task=pipeline_task(config),
@@ -306,6 +327,11 @@ def inspect_artifact(folder: Path) -> Inspection:
         },
         storage={**sizes.__dict__, "total": sizes.total, "ratio": round(sizes.ratio, 4)},
         rank={e["name"]: max(ranks, default=0) for e, ranks in zip(config.experts, per_expert, strict=True)},
+        delta={
+            "kind": "sparse" if config.sparse_deltas else "factors",
+            "dtype": config.factor_dtype,
+            "sizes": dict(zip(config.expert_names, totals, strict=True)),
+        },
         provenance=config.provenance,
     )
 
@@ -319,6 +345,16 @@ def pipeline_task(config: TwinMergingConfig) -> str:
 def factor_keys(name: str) -> tuple[str, str]:
     """State-dict keys of a factored parameter's `up` and `down`."""
     return f"deltas.{delta_key(name)}.up", f"deltas.{delta_key(name)}.down"
+
+
+def scale_key(name: str) -> str:
+    """State-dict key of the scales of a parameter's integer factors."""
+    return f"deltas.{delta_key(name)}.scale"
+
+
+def sparse_keys(name: str) -> tuple[str, str]:
+    """State-dict keys of a sparse parameter's `values` and `indices`."""
+    return f"deltas.{delta_key(name)}.values", f"deltas.{delta_key(name)}.indices"
 
 
 def exact_key(name: str) -> str:

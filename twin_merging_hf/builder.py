@@ -16,7 +16,6 @@ from transformers.utils import logging as transformers_logging
 from twin_merging_hf import modeling
 from twin_merging_hf.hub_upload.model_card import write_card
 from twin_merging_hf.modeling import TwinMergingConfig
-from twin_merging_hf.modeling.deltas_twin_merging import is_vector
 from twin_merging_hf.modeling.modeling_twin_merging import AUTO_MAP
 from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
 
@@ -31,7 +30,7 @@ from .preflight import Inputs, preflight
 from .probe import probe
 from .progress import Progress
 from .recipe import Recipe, load_recipe
-from .separation import Separation, factor_dtype, matrix_shape, model_dtype, separate
+from .separation import Separation, factor_dtype, model_dtype, planned_bytes, separate
 from .verdict import Verdict, reach_verdict
 
 
@@ -68,17 +67,10 @@ def plan_build(recipe: Recipe | str | Path, out: str | Path, progress: Progress 
     refuse_existing(Path(out))
     inputs = preflight(recipe, progress.say)
     try:
-        dtype, factors = model_dtype(inputs), factor_dtype(inputs)
-        shared = deltas = 0
-        for shape in inputs.experts[0].backbone.values():
-            shared += shape.numel() * dtype.itemsize
-            if is_vector(shape):
-                deltas += len(recipe.experts) * shape.numel() * dtype.itemsize
-            else:
-                m, n = matrix_shape(shape)
-                deltas += len(recipe.experts) * recipe.exclusive.rank_of(m, n) * (m + n) * factors.itemsize
+        planned = planned_bytes(inputs)
         labels = list(inputs.label_space.labels)
-        return Plan(inputs.entries, labels, router_type(inputs), shared, deltas, inputs.notes)
+        notes = [*inputs.notes, *([planned.note] if planned.note else [])]
+        return Plan(inputs.entries, labels, router_type(inputs), planned.shared, planned.deltas, notes)
     finally:
         inputs.close()
 
@@ -125,6 +117,11 @@ def _build_into(folder: Path, inputs: Inputs, progress: Progress) -> tuple[dict,
         inputs.notes.append(
             f"{len(excluded)} tensors are the shared model's alone, as the recipe says; see report.json"
         )
+    dropped = [name for name, entry in separation.coverage.items() if entry["treatment"] == "dropped"]
+    if dropped:
+        inputs.notes.append(
+            f"{len(dropped)} tensors are the shared model's alone: no delta was worth its bytes; see report.json"
+        )
     report = _report(folder, config, separation, inputs, router, difference, verdict)
     write_json(folder / LAYOUT.report, report)
     if LAYOUT.confusion in config.provenance["companions"]:
@@ -158,7 +155,8 @@ def _assemble(separation: Separation, inputs: Inputs, routing: dict[str, Any]) -
         experts=inputs.entries,
         ranks=separation.ranks,
         exact_deltas=separation.exact,
-        factor_dtype=str(factor_dtype(inputs)).removeprefix("torch."),
+        sparse_deltas=separation.sparse,
+        factor_dtype=factor_dtype(inputs),
         id2label=dict(enumerate(space.labels)),
         label2id={label: i for i, label in enumerate(space.labels)},
         problem_type="regression" if space.kind == "value" else "single_label_classification",
@@ -234,6 +232,7 @@ def _report(folder, config, separation, inputs, router, difference, verdict) -> 
         "experts": inputs.entries,
         "labels": list(inputs.label_space.labels),
         "storage": {**asdict(sizes), "total": sizes.total, "ratio": round(sizes.ratio, 4)},
+        "exclusive": {**asdict(inputs.recipe.exclusive), "dtype": config.factor_dtype, **separation.summary()},
         "router": asdict(router) if router else {"type": config.router_type, "held_out_rows": 0},
         "probe": {"largest_relative_difference": float(f"{difference:.1e}")},
         "verdict": asdict(verdict),

@@ -192,8 +192,10 @@ def inspect(
         typer.echo(f"{found.folder}: {found.shared_class}, {len(found.experts)} experts, {len(found.labels)} labels")
         for expert in found.experts:
             kind = "regression" if expert["problem_type"] == "regression" else ", ".join(expert["labels"][:8])
+            entries = f"{found.delta['sizes'][expert['name']]} entries"
+            extent = entries if found.delta["kind"] == "sparse" else f"rank {found.rank[expert['name']]}"
             typer.echo(
-                f"  {expert['name']}: {kind} (rank {found.rank[expert['name']]}, from {expert.get('source', '?')})"
+                f"  {expert['name']}: {kind} ({extent} in {found.delta['dtype']}, from {expert.get('source', '?')})"
             )
         router = ", ".join(f"{key} {value}" for key, value in found.router.items() if value is not None)
         typer.echo(f"router: {router}")

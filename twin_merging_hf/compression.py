@@ -9,9 +9,16 @@ import torch
 # Randomised SVD pays where the rank is small beside the matrix; below this size the exact one costs nothing.
 _EXACT_BELOW = 128
 _OVERSAMPLING = 16
-_POWER_STEPS = 4
-_MAX_POWER_STEPS = 12
-_GAIN = 1e-5
+# Blocks of the Krylov space: at least, and at most before the SVD is done exactly.
+_LEAST_BLOCKS = 5
+_MOST_BLOCKS = 24
+# What further blocks may still add to the captured energy, as a share of what is left; half of it is the error's excess.
+_UNSETTLED = 2e-4
+_ROUNDING = 1e-7
+# All singular values come from the Gram matrix up to this size of its side; the leading ones of larger matrices are sketched.
+_GRAM_BELOW = 1024
+_GRAM_ROWS = 4096
+FIRST_CAP = 64
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ def truncated_svd(matrix: torch.Tensor, rank: int, seed_text: str) -> tuple[torc
     """Leading singular triplets: u [m, rank], s [rank], vh [rank, n]; exact where that is cheap, else randomised."""
     smallest = min(matrix.shape)
     rank = min(rank, smallest)
-    if smallest <= _EXACT_BELOW or 4 * (rank + _OVERSAMPLING) > smallest:
+    if smallest <= _EXACT_BELOW or 2 * _LEAST_BLOCKS * (rank + _OVERSAMPLING) > smallest:
         u, s, vh = exact_svd(matrix)
         return u[:, :rank], s[:rank], vh[:rank]
     return randomised_svd(matrix, rank, seed_text)
@@ -68,22 +75,86 @@ def exact_svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
         return u.float(), s.float(), vh.float()
 
 
+def named_generator(seed_text: str) -> torch.Generator:
+    """Random numbers that depend on a name alone, not on the order of work."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed_text.encode()).digest()[:7], "big"))
+
+
 def randomised_svd(matrix: torch.Tensor, rank: int, seed_text: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Randomised range finder with QR power steps (Halko, Martinsson, Tropp 2011).
+    Randomised block Krylov iteration (Musco and Musco 2015): power steps whose blocks are all kept.
 
-    Steps go on until another one no longer adds to the captured energy, which bounds the error above the optimum.
+    Blocks are added until further ones can add next to nothing to the captured energy, measured by what is left; where
+    they do not get there (spectra of many nearly equal values), the SVD is done exactly.
     """
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed_text.encode()).digest()[:7], "big"))
-    sketch = torch.randn(matrix.shape[1], rank + _OVERSAMPLING, generator=generator)
-    basis = torch.linalg.qr(matrix @ sketch).Q
-    captured = 0.0
-    for step in range(_MAX_POWER_STEPS):
-        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
-        if step + 1 >= _POWER_STEPS:
-            energy = float((basis.T @ matrix).double().pow(2).sum())
-            if energy - captured <= _GAIN * energy:
-                break
-            captured = energy
-    u, s, vh = exact_svd(basis.T @ matrix)
-    return basis @ u[:, :rank], s[:rank], vh[:rank]
+    total = float(matrix.double().pow(2).sum())
+    sketch = torch.randn(matrix.shape[1], rank + _OVERSAMPLING, generator=named_generator(seed_text))
+    block = torch.linalg.qr(matrix @ sketch).Q
+    basis = block
+    captured = gain = 0.0
+    for blocks in range(2, _MOST_BLOCKS + 1):
+        if basis.shape[1] + block.shape[1] > min(matrix.shape) // 2:
+            break
+        block = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ block).Q).Q
+        basis = torch.linalg.qr(torch.cat([basis, block], dim=1)).Q
+        if blocks < _LEAST_BLOCKS - 1:
+            continue
+        u, s, vh = exact_svd(basis.T @ matrix)
+        energy = float(s[:rank].double().pow(2).sum())
+        gain_before, gain = gain, energy - captured
+        captured = energy
+        if blocks >= _LEAST_BLOCKS and _settled(gain, gain_before, total - energy, total):
+            return basis @ u[:, :rank], s[:rank], vh[:rank]
+    u, s, vh = exact_svd(matrix)
+    return u[:, :rank], s[:rank], vh[:rank]
+
+
+def _settled(gain: float, gain_before: float, left: float, total: float) -> bool:
+    """Whether gains that shrink geometrically, as those of Krylov blocks do, have next to nothing to come."""
+    if gain <= _ROUNDING * total:
+        return True
+    shrink = min(gain / gain_before, 0.99) if gain_before > 0 else 0.99
+    return gain * shrink / (1 - shrink) <= _UNSETTLED * left
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """
+    Squared singular values of one matrix [m, n], float64, largest first.
+
+    complete: false where only the leading ones are known.
+    """
+
+    squares: torch.Tensor
+    total: float
+    complete: bool
+
+
+def spectrum(matrix: torch.Tensor, seed_text: str, cap: int = FIRST_CAP) -> Spectrum:
+    """Squared singular values: all of them where the smaller side is moderate, else at least the `cap` leading ones."""
+    matrix = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    smallest = matrix.shape[1]
+    if smallest <= _GRAM_BELOW:
+        gram = torch.zeros(smallest, smallest, dtype=torch.float64)
+        for rows in matrix.split(_GRAM_ROWS):
+            gram += rows.double().T @ rows.double()
+        return Spectrum(torch.linalg.eigvalsh(gram).flip(0).clamp(min=0), float(gram.trace()), True)
+    total = sum(float(rows.double().pow(2).sum()) for rows in matrix.split(_GRAM_ROWS))
+    values = truncated_svd(matrix.float(), cap, seed_text)[1]
+    return Spectrum(values.double().pow(2), total, len(values) == smallest)
+
+
+def rank_for_energy(matrix: torch.Tensor, share: float, seed_text: str) -> int:
+    """Smallest rank whose truncation keeps `share` of the squared Frobenius norm; 0 for a matrix of zeros."""
+    cap = FIRST_CAP
+    while True:
+        found = spectrum(matrix, seed_text, cap)
+        if found.total == 0:
+            return 0
+        # Singular values of rounding size are no directions of their own, also where all energy is asked for.
+        kept = torch.cumsum(found.squares, 0) >= share * found.total * (1 - 1e-9)
+        if bool(kept.any()):
+            return int(kept.int().argmax()) + 1
+        if found.complete:
+            return len(found.squares)
+        cap *= 4

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from twin_merging_hf.modeling import TwinMergingConfig
 from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
 
-from .artifact import exact_key, factor_keys
+from .artifact import exact_key, factor_keys, scale_key, sparse_keys
 from .errors import TwinMergingError
 
 
@@ -71,14 +71,42 @@ def dense_model(
 def _dense_delta(config, tensors, weights, name, shape) -> torch.Tensor:
     if name in config.exact_deltas:
         return torch.tensordot(weights, tensors[exact_key(name)].float(), dims=1)
+    if name in config.sparse_deltas:
+        values, indices = (tensors[key] for key in sparse_keys(name))
+        return _dense_sparse(config.sparse_deltas[name], values, indices, weights, shape)
     if name not in config.ranks:
         return torch.zeros(())
-    up, down = (tensors[key].float() for key in factor_keys(name))
-    total = torch.zeros(up.shape[0], down.shape[1])
+    m, n = (shape[1], shape[2]) if len(shape) == 3 else (shape[0], shape[1:].numel())
+    up, down = (tensors[key] for key in factor_keys(name))
+    if config.factor_dtype == "int4":
+        up, down = _nibbles(up.T, m).T, _nibbles(down, n)
+    up, down = up.float(), down.float()
+    if config.factor_dtype in ("int8", "int4"):
+        levels = 128.0 if config.factor_dtype == "int8" else 8.0
+        up, down = up / levels * tensors[scale_key(name)].float(), down / levels
+    total = torch.zeros(m, n)
     start = 0
     for weight, rank in zip(weights, config.ranks[name], strict=True):
         total += weight * (up[:, start : start + rank] @ down[start : start + rank])
         start += rank
+    return total.reshape(shape)
+
+
+def _nibbles(packed: torch.Tensor, length: int) -> torch.Tensor:
+    """Two values in -8..7 from each byte of a row, the low half first."""
+    values = torch.zeros(packed.shape[0], 2 * packed.shape[1])
+    values[:, 0::2] = (packed % 16).float() - 8
+    values[:, 1::2] = (packed // 16).float() - 8
+    return values[:, :length]
+
+
+def _dense_sparse(counts, values, indices, weights, shape) -> torch.Tensor:
+    total = torch.zeros(shape.numel())
+    start = 0
+    for weight, count in zip(weights, counts, strict=True):
+        for_this = slice(start, start + count)
+        total[indices[for_this].long()] += weight * values[for_this].float()
+        start += count
     return total.reshape(shape)
 
 

@@ -14,8 +14,11 @@ from .errors import TwinMergingError
 
 
 MERGE_METHODS = ("linear", "task_arithmetic")
-EXCLUSIVE_METHODS = ("svd",)
-FACTOR_DTYPES = {"fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16"}
+EXCLUSIVE_METHODS = ("svd", "magnitude", "bernoulli")
+FACTOR_DTYPES = {
+    "fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16", "int8": "int8", "int4": "int4",
+}  # fmt: skip
+_SIZES = ("rank", "ratio", "energy", "budget")
 COMPUTE_DTYPES = ("float32", "float64")
 OUT_DTYPES = ("float32", "bfloat16", "float16")
 BASE = "base"
@@ -49,10 +52,16 @@ class Exclusive:
     """How each expert's delta from the shared model is compressed (Twin-Merging, section 4.2)."""
 
     method: str = "svd"
+    """`svd`, or for ablations `magnitude` (the largest entries) or `bernoulli` (random entries, rescaled)."""
     rank: int | None = 16
     ratio: float | None = None
-    """Rank as a share of min(m, n) of each matrix, at least 1; instead of `rank`."""
+    """Instead of `rank`: rank as a share of min(m, n) of each matrix, at least 1; of sparse methods, share of entries."""
     dtype: str = "float32"
+    """Storage: `float32`, `bfloat16`, `int8` or `int4` (the last two for factors only)."""
+    energy: float | None = None
+    """Instead of `rank`: share of each delta's squared Frobenius norm to keep, by the smallest rank that does."""
+    budget: float | None = None
+    """Instead of `rank`: bytes of all deltas over those of the shared model, spent where they keep the most energy."""
 
     def rank_of(self, m: int, n: int) -> int:
         """Rank for an [m, n] matrix."""
@@ -264,18 +273,39 @@ def _data(raw: Any, where: str, folder: Path) -> DataFiles | None:
 
 
 def _exclusive(raw: Any) -> Exclusive:
-    raw = _mapping(_or(raw, {}), "`exclusive`", ("method", "rank", "ratio", "dtype"))
-    if "rank" in raw and "ratio" in raw:
-        raise TwinMergingError("`exclusive`: give either `rank` or `ratio`, not both")
-    ratio = raw.get("ratio")
-    if ratio is not None and (not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 < ratio <= 1):
-        raise TwinMergingError(f"`exclusive.ratio` must be above 0 and at most 1, got {ratio!r}")
+    raw = _mapping(_or(raw, {}), "`exclusive`", ("method", *_SIZES, "dtype"))
+    method = _choice(raw, "method", EXCLUSIVE_METHODS, "svd")
+    given = [key for key in _SIZES if raw.get(key) is not None or key == "rank" in raw]
+    if len(given) > 1:
+        raise TwinMergingError(
+            f"`exclusive`: give one of {', '.join(_SIZES)}; {' and '.join(given)} are not both possible"
+        )
+    dtype = FACTOR_DTYPES[_choice(raw, "dtype", tuple(FACTOR_DTYPES), "fp32")]
+    if method != "svd":
+        if given != ["ratio"]:
+            raise TwinMergingError(
+                f"`exclusive.method: {method}` needs `ratio`, the share of entries that are kept (such as 0.1)"
+                + (f", not `{given[0]}`" if given else "")
+            )
+        if dtype.startswith("int"):
+            raise TwinMergingError(f"`exclusive.method: {method}` stores entries as fp32 or bf16, got `dtype: {dtype}`")
     return Exclusive(
-        method=_choice(raw, "method", EXCLUSIVE_METHODS, "svd"),
-        rank=None if ratio is not None else _integer(raw, "rank", 16, 1),
-        ratio=None if ratio is None else float(ratio),
-        dtype=FACTOR_DTYPES[_choice(raw, "dtype", tuple(FACTOR_DTYPES), "fp32")],
+        method=method,
+        rank=_integer(raw, "rank", 16, 1) if given in ([], ["rank"]) else None,
+        ratio=_share(raw, "ratio"),
+        dtype=dtype,
+        energy=_share(raw, "energy"),
+        budget=None if raw.get("budget") is None else _positive(raw, "budget", 1.0),
     )
+
+
+def _share(raw: dict, key: str) -> float | None:
+    value = raw.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
+        raise TwinMergingError(f"`exclusive.{key}` must be above 0 and at most 1, got {value!r}")
+    return float(value)
 
 
 def _router(raw: Any) -> RouterSettings:

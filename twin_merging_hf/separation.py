@@ -1,7 +1,8 @@
 """
 The split of Twin-Merging: experts -> shared tensors + exclusive deltas, one tensor at a time (section 4.1, 4.2).
 
-Peak memory is one tensor of every expert, plus the result.
+Peak memory is one tensor of every expert, plus the result. A budget takes two passes: one for the shared tensors and all
+singular values, one that truncates to the ranks that the budget gives.
 """
 
 from collections.abc import Callable
@@ -10,11 +11,14 @@ from dataclasses import dataclass, field
 import torch
 
 from twin_merging_hf.modeling.deltas_twin_merging import is_vector
+from twin_merging_hf.modeling.factors_twin_merging import INTEGER_BITS
 
-from .artifact import exact_key, factor_keys
+from .artifact import exact_key
+from .budget import Candidate, allocate
 from .checkpoints import Checkpoint
-from .compression import compress
+from .compression import FIRST_CAP, Spectrum, rank_for_energy, spectrum
 from .errors import TwinMergingError
+from .exclusive import Stored, direction_bytes, store_entries, store_factors
 from .merging import MERGE_METHODS
 from .merging.methods import MergeSettings
 from .preflight import Inputs, uncovered
@@ -27,14 +31,38 @@ class Separation:
     Result of the split.
 
     state: tensors of the artifact by state-dict key (`shared.*`, `deltas.*`).
-    ranks, exact: as in the config.
+    ranks, exact, sparse: as in the config.
     coverage: what became of each tensor: treatment, energy kept, bytes.
+    energy, kept, lost: squared Frobenius norms over all tensors and experts: of the deltas, of what their truncation keeps,
+        and of the deltas minus what is stored (excluded tensors included).
     """
 
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     ranks: dict[str, list[int]] = field(default_factory=dict)
     exact: list[str] = field(default_factory=list)
+    sparse: dict[str, list[int]] = field(default_factory=dict)
     coverage: dict[str, dict] = field(default_factory=dict)
+    energy: float = 0.0
+    kept: float = 0.0
+    lost: float = 0.0
+
+    @property
+    def delta_bytes(self) -> int:
+        return sum(tensor.nbytes for key, tensor in self.state.items() if key.startswith("deltas."))
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of the shared backbone (no heads)."""
+        return sum(self.state[f"shared.{name}"].nbytes for name in self.coverage if f"shared.{name}" in self.state)
+
+    def summary(self) -> dict:
+        """Energy kept, relative error and bytes of all deltas together."""
+        whole = self.energy or 1.0
+        return {
+            "energy_kept": round(self.kept / whole, 6) if self.energy else 1.0,
+            "relative_error": round((max(self.lost, 0.0) / whole) ** 0.5, 6),
+            "bytes": self.delta_bytes,
+        }
 
 
 def separate(inputs: Inputs, tick: Callable[[str], None] = lambda name: None) -> Separation:
@@ -42,17 +70,19 @@ def separate(inputs: Inputs, tick: Callable[[str], None] = lambda name: None) ->
     Merge all backbone tensors and compress what each expert has beyond the shared model; heads are copied exactly.
 
     Raises:
-        TwinMergingError: a non-zero delta that no rule can apply, with the `exclude` line that would drop it.
+        TwinMergingError: a non-zero delta that no rule can apply, with the `exclude` line that would drop it; a budget
+            that does not even hold the vectors.
     """
     recipe, first = inputs.recipe, inputs.experts[0]
     names = list(first.backbone)
     not_covered = set(uncovered(first, names))
-    dtypes = model_dtype(inputs), factor_dtype(inputs)
+    dtype = model_dtype(inputs)
     result = Separation()
+    spectra: dict[str, list[Spectrum]] = {}
     for name in names:
         tick(name)
         experts = [checkpoint.tensor(name) for checkpoint in inputs.experts]
-        shared = _shared_tensor(name, experts, inputs, dtypes[0])
+        shared = _shared_tensor(name, experts, inputs, dtype)
         result.state[f"shared.{name}"] = shared
         if not shared.is_floating_point():
             if any(not torch.equal(expert, shared) for expert in experts):
@@ -61,10 +91,26 @@ def separate(inputs: Inputs, tick: Callable[[str], None] = lambda name: None) ->
                 )
             result.coverage[name] = {"treatment": "equal"}
             continue
-        deltas = [expert.to(torch.float32) - shared.to(torch.float32) for expert in experts]
-        _add_deltas(result, name, deltas, name in not_covered, recipe, dtypes)
-    _copy_heads(result, inputs, dtypes[0])
+        deltas = _deltas(experts, shared)
+        if not _needs_compression(result, name, deltas, name in not_covered, recipe, dtype):
+            continue
+        if recipe.exclusive.budget is not None:
+            spectra[name] = [spectrum(as_matrix(d), t) for d, t in zip(deltas, _seeds(recipe, name), strict=True)]
+            result.coverage[name] = {}  # keeps the order of the report; filled below
+        else:
+            _store(result, name, deltas, inputs)
+    if spectra:
+        _spend_budget(result, spectra, inputs)
+    _copy_heads(result, inputs, dtype)
     return result
+
+
+def _deltas(experts: list[torch.Tensor], shared: torch.Tensor) -> list[torch.Tensor]:
+    return [expert.to(torch.float32) - shared.to(torch.float32) for expert in experts]
+
+
+def _seeds(recipe: Recipe, name: str) -> list[str]:
+    return [f"{recipe.seed}:{expert}:{name}" for expert in recipe.names]
 
 
 def model_dtype(inputs: Inputs) -> torch.dtype:
@@ -75,10 +121,55 @@ def model_dtype(inputs: Inputs) -> torch.dtype:
     return next(t for t in (first.tensor(name).dtype for name in first.backbone) if t.is_floating_point)
 
 
-def factor_dtype(inputs: Inputs) -> torch.dtype:
-    """Storage type of factors: the recipe's, or the model's own where that is as narrow (loading casts to it)."""
-    wanted, model = getattr(torch, inputs.recipe.exclusive.dtype), model_dtype(inputs)
-    return model if model.itemsize <= wanted.itemsize else wanted
+def factor_dtype(inputs: Inputs) -> str:
+    """
+    Storage type of the factors: the recipe's; of floats the model's own where that is as narrow (loading casts to it).
+    """
+    wanted, model = inputs.recipe.exclusive.dtype, model_dtype(inputs)
+    if wanted in INTEGER_BITS or getattr(torch, wanted).itemsize < model.itemsize:
+        return wanted
+    return str(model).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class PlannedBytes:
+    """Bytes that a split will need; `note` says so where `deltas` is only an estimate."""
+
+    shared: int
+    deltas: int
+    note: str | None
+
+
+def planned_bytes(inputs: Inputs) -> PlannedBytes:
+    """Bytes of the shared tensors and the deltas, from shapes alone."""
+    recipe, dtype, storage = inputs.recipe, model_dtype(inputs), factor_dtype(inputs)
+    how, experts = recipe.exclusive, len(recipe.experts)
+    shared = deltas = 0
+    for name, shape in inputs.experts[0].backbone.items():
+        shared += shape.numel() * dtype.itemsize
+        if not recipe.gets_delta(name):
+            continue
+        if is_vector(shape):
+            deltas += experts * shape.numel() * dtype.itemsize
+        elif how.method != "svd":
+            count = max(1, round((how.ratio or 0) * shape.numel()))
+            deltas += experts * count * (getattr(torch, storage).itemsize + torch.int32.itemsize)
+        else:
+            m, n = matrix_shape(shape)
+            rank = min(m, n) if how.energy or how.budget else how.rank_of(m, n)
+            deltas += experts * rank * direction_bytes(m, n, storage, dtype)
+    if how.budget is not None:
+        deltas = min(deltas, int(how.budget * shared))
+        return PlannedBytes(shared, deltas, "`exclusive.budget`: the ranks are decided in the build, within the budget")
+    if how.energy is not None:
+        return PlannedBytes(
+            shared, deltas, "`exclusive.energy`: the ranks are decided in the build; the size is that of full rank"
+        )
+    if how.method == "bernoulli":
+        return PlannedBytes(
+            shared, deltas, "`bernoulli`: the number of entries is random; the size is the expected one"
+        )
+    return PlannedBytes(shared, deltas, None)
 
 
 def _shared_tensor(name: str, experts: list[torch.Tensor], inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:
@@ -99,47 +190,107 @@ def _shared_tensor(name: str, experts: list[torch.Tensor], inputs: Inputs, dtype
     return merged.to(dtype).contiguous()
 
 
-def _add_deltas(
-    result: Separation, name: str, deltas: list[torch.Tensor], no_rule: bool, recipe: Recipe, dtypes: tuple
-) -> None:
+def _needs_compression(
+    result: Separation, name: str, deltas: list[torch.Tensor], no_rule: bool, recipe: Recipe, dtype: torch.dtype
+) -> bool:
+    """Settle tensors that are equal, excluded or vectors; true for those whose deltas are to be compressed."""
     energy = sum(float(delta.double().pow(2).sum()) for delta in deltas)
     if energy == 0:
         result.coverage[name] = {"treatment": "equal"}
-        return
+        return False
+    result.energy += energy
     if not recipe.gets_delta(name):
         result.coverage[name] = {"treatment": "excluded", "dropped_energy": energy}
-        return
+        result.lost += energy
+        return False
     if no_rule:
         raise TwinMergingError(
             f"tensor {name!r} differs between experts, but no rule can apply a delta of it per row; to drop what the "
             f"experts have there on purpose, add to the recipe: exclude: ['{name}']"
         )
-    if is_vector(deltas[0].shape):
-        result.exact.append(name)
-        # Vectors weigh nothing and norms react to rounding, so they keep the model's own precision.
-        result.state[exact_key(name)] = torch.stack(deltas).to(dtypes[0])
-        result.coverage[name] = {"treatment": "exact", "bytes": result.state[exact_key(name)].nbytes}
-        return
-    _add_factors(result, name, deltas, recipe, dtypes[1])
+    if not is_vector(deltas[0].shape):
+        return True
+    result.exact.append(name)
+    # Vectors weigh nothing and norms react to rounding, so they keep the model's own precision.
+    result.state[exact_key(name)] = torch.stack(deltas).to(dtype)
+    result.coverage[name] = {"treatment": "exact", "bytes": result.state[exact_key(name)].nbytes}
+    result.kept += energy
+    return False
 
 
-def _add_factors(result: Separation, name: str, deltas: list[torch.Tensor], recipe: Recipe, dtype: torch.dtype) -> None:
+def _store(
+    result: Separation, name: str, deltas: list[torch.Tensor], inputs: Inputs, given: list | None = None
+) -> None:
+    """Compress the deltas of one matrix by the recipe's method, to the `given` ranks if there are any."""
+    how, seeds = inputs.recipe.exclusive, _seeds(inputs.recipe, name)
+    dtype, storage = model_dtype(inputs), factor_dtype(inputs)
     matrices = [as_matrix(delta) for delta in deltas]
-    rank = recipe.exclusive.rank_of(*matrices[0].shape)
-    factors = []
-    for expert, matrix in zip(recipe.names, matrices, strict=True):
-        wanted = rank if bool(matrix.any()) else 0
-        factors.append(compress(matrix, wanted, f"{recipe.seed}:{expert}:{name}"))
-    up_key, down_key = factor_keys(name)
-    result.state[up_key] = torch.cat([f.up for f in factors], dim=1).to(dtype).contiguous()
-    result.state[down_key] = torch.cat([f.down for f in factors], dim=0).to(dtype).contiguous()
-    result.ranks[name] = [f.up.shape[1] for f in factors]
-    result.coverage[name] = {
-        "treatment": "factored",
-        "ranks": result.ranks[name],
-        "energy_kept": [round(f.energy, 6) for f in factors],
-        "bytes": result.state[up_key].nbytes + result.state[down_key].nbytes,
-    }
+    if how.method != "svd":
+        stored = store_entries(name, matrices, how.method, how.ratio or 0, seeds, storage)
+        _add(result, name, stored, result.sparse, "sparse", "entries")
+        return
+    if given is None and how.energy is not None:
+        given = [rank_for_energy(matrix, how.energy, seed) for matrix, seed in zip(matrices, seeds, strict=True)]
+    if given is None:
+        rank = how.rank_of(*matrices[0].shape)
+        given = [rank if bool(matrix.any()) else 0 for matrix in matrices]
+    stored = store_factors(name, matrices, given, seeds, storage, dtype)
+    _add(result, name, stored, result.ranks, "factored", "ranks")
+
+
+def _add(result: Separation, name: str, stored: Stored, sizes: dict, treatment: str, unit: str) -> None:
+    result.kept += sum(stored.kept)
+    result.lost += sum(stored.lost)
+    if any(stored.sizes):
+        result.state.update(stored.tensors)
+        sizes[name] = stored.sizes
+    else:  # nothing was worth its bytes: the shared model's alone, and reported
+        treatment = "dropped"
+    result.coverage[name] = stored.coverage(treatment, unit)
+    if treatment == "dropped":
+        result.coverage[name]["dropped_energy"] = sum(stored.energies)
+
+
+def _spend_budget(result: Separation, spectra: dict[str, list[Spectrum]], inputs: Inputs) -> None:
+    """Second pass of a budget: choose the ranks, read the experts again, truncate."""
+    budget = inputs.recipe.exclusive.budget or 0
+    limit, vectors = int(budget * result.shared_bytes), result.delta_bytes
+    if vectors > limit:
+        raise TwinMergingError(
+            f"`exclusive.budget` is {budget}: {limit} bytes, but the vectors' deltas alone, which are kept exactly, take "
+            f"{vectors}; give at least {vectors / result.shared_bytes:.4f} (or `exclude` vectors)"
+        )
+    ranks = _budget_ranks(result, spectra, limit - vectors, inputs)
+    for name, chosen in ranks.items():
+        experts = [checkpoint.tensor(name) for checkpoint in inputs.experts]
+        _store(result, name, _deltas(experts, result.state[f"shared.{name}"]), inputs, chosen)
+
+
+def _budget_ranks(
+    result: Separation, spectra: dict[str, list[Spectrum]], limit: int, inputs: Inputs
+) -> dict[str, list[int]]:
+    """Ranks by tensor and expert within `limit` bytes; where one takes all values known of a matrix, more are computed."""
+    dtype, storage = model_dtype(inputs), factor_dtype(inputs)
+    places = [(name, t) for name in spectra for t in range(len(inputs.experts))]
+    costs = {n: direction_bytes(*matrix_shape(result.state[f"shared.{n}"].shape), storage, dtype) for n in spectra}
+    while True:
+        candidates = [Candidate(spectra[name][t].squares, costs[name]) for name, t in places]
+        ranks = allocate(candidates, limit)
+        capped = [
+            place
+            for place, rank in zip(places, ranks, strict=True)
+            if rank == len(spectra[place[0]][place[1]].squares) and not spectra[place[0]][place[1]].complete
+        ]
+        if not capped:
+            break
+        for name, t in capped:
+            delta = _deltas([inputs.experts[t].tensor(name)], result.state[f"shared.{name}"])[0]
+            cap = max(FIRST_CAP, 4 * len(spectra[name][t].squares))
+            spectra[name][t] = spectrum(as_matrix(delta), _seeds(inputs.recipe, name)[t], cap)
+    chosen: dict[str, list[int]] = {name: [] for name in spectra}
+    for (name, _), rank in zip(places, ranks, strict=True):
+        chosen[name].append(rank)
+    return chosen
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:

@@ -14,6 +14,7 @@ def shallow(model: Any) -> Any:
     config.shared_config.num_hidden_layers = LAYERS
     config.router_layer = 1
     config.ranks = {name: ranks for name, ranks in config.ranks.items() if not name.startswith(cut)}
+    config.sparse_deltas = {name: n for name, n in config.sparse_deltas.items() if not name.startswith(cut)}
     config.exact_deltas = [name for name in config.exact_deltas if not name.startswith(cut)]
     small, state = type(model)(config).eval(), model.state_dict()
     small.load_state_dict({name: state[name] for name in small.state_dict()})

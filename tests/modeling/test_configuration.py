@@ -40,7 +40,7 @@ def expert(**changes: Any) -> list[dict]:
 
 WEIGHT = "bert.encoder.layer.0.output.dense.weight"
 BAD: dict[str, tuple[dict, str]] = {
-    "router type": ({"router_type": "centroid"}, "`router_type` must be one of linear, mlp, projection.*'centroid'"),
+    "router type": ({"router_type": "magic"}, "`router_type` must be one of linear, mlp, centroid, knn, projection.*'magic'"),
     "router pass": ({"router_pass": "late"}, "`router_pass` must be one of prefix, full.*'late'"),
     "no layer": ({"router_layer": None}, "`router_layer`"),
     "no site": ({"router_type": "projection", "router_rank": 2}, "`router_site`"),
@@ -56,6 +56,12 @@ BAD: dict[str, tuple[dict, str]] = {
     "no rank": ({"ranks": {WEIGHT: [0, 0]}}, "`ranks.*got \\[0, 0\\]"),
     "rank as a word": ({"ranks": {WEIGHT: ["2", 0]}}, "`ranks"),
     "a delta twice": ({"exact_deltas": [WEIGHT]}, f"'{WEIGHT}' stands in both `ranks` and `exact_deltas`"),
+    "no entries": ({"ranks": {}, "sparse_deltas": {WEIGHT: [0, 0]}}, "`sparse_deltas.*one count.*got \\[0, 0\\]"),
+    "sparse and factored": ({"sparse_deltas": {WEIGHT: [3, 1]}}, "stands in both `ranks` and `sparse_deltas`"),
+    "sparse integers": (
+        {"ranks": {}, "sparse_deltas": {WEIGHT: [3, 1]}, "factor_dtype": "int8"},
+        "`factor_dtype` 'int8' is for factors",
+    ),
     "no labels": ({"experts": expert(labels=[])}, "expert 'a': `labels`"),
     "a label twice": ({"experts": expert(labels=["x", "x"])}, "expert 'a': `labels`"),
     "problem type": ({"experts": expert(problem_type="multi_label_classification")}, "expert 'a': `problem_type`"),

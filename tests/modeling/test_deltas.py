@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from tests import tiny
 from tests.modeling.dense import assert_close, columns, dense_logits, row
 from twin_merging_hf.modeling.deltas_twin_merging import attach_deltas, rows_like
+from twin_merging_hf.modeling.factors_twin_merging import pack_nibbles, unpack_nibbles
 from twin_merging_hf.modeling.mix_twin_merging import CallWeights, ExpertMix
 
 
@@ -32,31 +33,77 @@ def is_vector(parameter: torch.Tensor) -> bool:
     return parameter.dim() == 1 or parameter.shape[:2] == (1, 1)
 
 
+STORAGES = ("float32", "int8", "int4", "sparse")
+ENTRIES = [4, 0, 3]
+
+
+def fill(delta: nn.Module, size: int, seed: int) -> None:
+    """Random content: numbers, integers (the unused half of a last byte too), ascending places."""
+    rng = torch.Generator().manual_seed(seed)
+    for parameter in delta.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=rng))
+    for name, buffer in delta.named_buffers():
+        if name == "scale":
+            buffer.copy_(torch.rand(buffer.shape, generator=rng) + 0.5)
+        elif name == "indices":
+            buffer.copy_(torch.cat([torch.randperm(size, generator=rng)[:k].sort().values for k in ENTRIES]))
+        elif buffer.dtype == torch.int8:
+            buffer.copy_(torch.randint(-127, 128, buffer.shape, generator=rng))
+        else:
+            buffer.copy_(torch.randint(0, 256, buffer.shape, generator=rng))
+
+
+def dense_deltas(delta: Any, shape: torch.Size, storage: str) -> list[torch.Tensor]:
+    """What each expert's delta is by the definition of the storage, number by number."""
+    if storage == "sparse":
+        values, places = delta.values.tolist(), delta.indices.tolist()
+        result = []
+        for start, stop in ((0, 4), (4, 4), (4, 7)):
+            flat = torch.zeros(shape.numel())
+            for value, place in zip(values[start:stop], places[start:stop], strict=True):
+                flat[place] = value
+            result.append(flat.reshape(shape))
+        return result
+    m, n = shape[-2:] if len(shape) == 3 else (shape[0], shape[1:].numel())
+    up, down = delta.up, delta.down
+    if storage == "int4":
+        up = torch.tensor([[by_half(up[i // 2, j], i % 2) for j in range(up.shape[1])] for i in range(m)])
+        down = torch.tensor([[by_half(down[i, j // 2], j % 2) for j in range(n)] for i in range(len(down))])
+    if storage != "float32":
+        unit = {"int8": 128, "int4": 8}[storage]
+        up, down = up.float() / unit * delta.scale, down.float() / unit
+    ups, downs = up.split(RANKS, dim=1), down.split(RANKS, dim=0)
+    return [(up @ down).reshape(shape) for up, down in zip(ups, downs, strict=True)]
+
+
+def by_half(byte: torch.Tensor, high: int) -> int:
+    return (int(byte) >> 4 if high else int(byte) & 15) - 8
+
+
 class Hooked:
     """A module with random deltas on some of its parameters, and the dense weights they stand for."""
 
-    def __init__(self, module: nn.Module, names: list[str] | None = None):
+    def __init__(self, module: nn.Module, names: list[str] | None = None, storage: str = "float32"):
         self.module, self.mix = module.eval(), ExpertMix()
         with torch.no_grad():
             for i, parameter in enumerate(module.parameters()):
                 parameter.copy_(draw(*parameter.shape, seed=i))
         self.own = {name: value.detach().clone() for name, value in module.named_parameters()}
         names = list(self.own) if names is None else names
-        ranks = {name: RANKS for name in names if not is_vector(self.own[name])}
+        matrices = [name for name in names if not is_vector(self.own[name])]
         exact = [name for name in names if is_vector(self.own[name])]
-        self.deltas = attach_deltas(module, self.mix, ranks, exact, len(RANKS))
+        ranks, sparse = dict.fromkeys(matrices, RANKS), dict.fromkeys(matrices, ENTRIES)
+        self.deltas = (
+            attach_deltas(module, self.mix, {}, exact, len(RANKS), sparse=sparse)
+            if storage == "sparse"
+            else attach_deltas(module, self.mix, ranks, exact, len(RANKS), storage)
+        )
         self.dense: dict[str, list[torch.Tensor]] = {}
         with torch.no_grad():
             for i, name in enumerate(names):
-                delta = self.deltas[name.replace(".", "-")]
-                for j, parameter in enumerate(delta.parameters()):
-                    parameter.copy_(draw(*parameter.shape, seed=100 + 10 * i + j))
-                if name in exact:
-                    self.dense[name] = list(delta.delta)
-                else:
-                    ups, downs = delta.up.split(RANKS, dim=1), delta.down.split(RANKS, dim=0)
-                    shape = self.own[name].shape
-                    self.dense[name] = [(up @ down).reshape(shape) for up, down in zip(ups, downs, strict=True)]
+                delta, shape = self.deltas[name.replace(".", "-")], self.own[name].shape
+                fill(delta, shape.numel(), 100 + i)
+                self.dense[name] = list(delta.delta) if name in exact else dense_deltas(delta, shape, storage)
 
     def mixed(self, *args: Any, weights: torch.Tensor = WEIGHTS, **kwargs: Any) -> torch.Tensor:
         """One call for all rows."""
@@ -104,10 +151,11 @@ FLOAT_INPUTS: dict[str, tuple[Any, tuple]] = {
 }
 
 
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize(("new", "shape"), FLOAT_INPUTS.values(), ids=FLOAT_INPUTS)
-def test_the_rule_equals_dense_weights_row_by_row(new, shape):
+def test_the_rule_equals_dense_weights_row_by_row(new, shape, storage):
     torch.manual_seed(0)
-    assert_rows_are_dense(Hooked(new()), draw(BATCH, *shape, seed=7))
+    assert_rows_are_dense(Hooked(new(), storage=storage), draw(BATCH, *shape, seed=7))
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
@@ -124,12 +172,15 @@ def test_a_layer_norm_whose_scale_is_zero_still_gets_its_delta():
     assert_rows_are_dense(hooked, draw(BATCH, 5, 6))
 
 
-def test_embedding_equals_dense_tables_row_by_row():
-    assert_rows_are_dense(Hooked(nn.Embedding(9, 6)), torch.arange(BATCH * 5).reshape(BATCH, 5) % 9)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_embedding_equals_dense_tables_row_by_row(storage):
+    ids = torch.arange(BATCH * 5).reshape(BATCH, 5) % 9
+    assert_rows_are_dense(Hooked(nn.Embedding(9, 6), storage=storage), ids)
 
 
-def test_embedding_of_positions_shared_by_all_rows_gives_each_row_its_own():
-    hooked = Hooked(nn.Embedding(9, 6))
+@pytest.mark.parametrize("storage", STORAGES)
+def test_embedding_of_positions_shared_by_all_rows_gives_each_row_its_own(storage):
+    hooked = Hooked(nn.Embedding(9, 6), storage=storage)
     positions = torch.tensor([3, 1, 4, 1])
     for ids in (positions, positions[None]):
         output = hooked.mixed(ids)
@@ -145,14 +196,16 @@ def test_embedding_with_a_padding_index_looks_up_that_row_s_delta_too():
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("new", [lambda: nn.Linear(6, 5), lambda: nn.LayerNorm(6), lambda: Conv1D(5, 6)])
-def test_rows_that_a_module_folds_into_the_batch_keep_their_weights(new):
+def test_rows_that_a_module_folds_into_the_batch_keep_their_weights(new, storage):
     # Patches or windows of one row follow each other: [batch * k, d].
-    assert_rows_are_dense(Hooked(new()), draw(BATCH * 3, 6, seed=7))
+    assert_rows_are_dense(Hooked(new(), storage=storage), draw(BATCH * 3, 6, seed=7))
 
 
-def test_one_row_broadcasts_to_every_row_of_the_batch():
-    hooked, x = Hooked(nn.Linear(6, 5)), draw(1, 4, 6, seed=7)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_one_row_broadcasts_to_every_row_of_the_batch(storage):
+    hooked, x = Hooked(nn.Linear(6, 5), storage=storage), draw(1, 4, 6, seed=7)
     output = hooked.mixed(x)
     assert output.shape == (BATCH, 4, 5)
     for b, weights in enumerate(WEIGHTS):
@@ -190,8 +243,9 @@ def vit_embeddings() -> nn.Module:
     return ViTEmbeddings(tiny.new_config("vit", hidden_dropout_prob=0.0))
 
 
-def test_class_token_and_position_table_equal_dense_ones_row_by_row():
-    hooked = Hooked(vit_embeddings())
+@pytest.mark.parametrize("storage", STORAGES)
+def test_class_token_and_position_table_equal_dense_ones_row_by_row(storage):
+    hooked = Hooked(vit_embeddings(), storage=storage)
     assert {"cls_token", "position_embeddings"} <= set(hooked.dense)
     assert_rows_are_dense(hooked, draw(BATCH, 3, tiny.IMAGE, tiny.IMAGE))
 
@@ -293,3 +347,78 @@ def test_tied_parameters_with_one_rule_share_one_delta():
     hooked = Hooked(Twice())
     assert list(hooked.deltas) == ["one-weight"]
     assert_rows_are_dense(hooked, draw(BATCH, 5, 6, seed=7))
+
+
+# ---- integers and sparse entries --------------------------------------------------------------------------------------
+
+
+def test_nibbles_have_known_bytes():
+    values = torch.tensor([[-7, 7, 0], [1, -8, 3]], dtype=torch.int8)
+    # Low half first, each plus 8; an odd length ends in a zero.
+    assert pack_nibbles(values, 1).tolist() == [[1 + 15 * 16, 8 + 8 * 16], [9 + 0 * 16, 11 + 8 * 16]]
+    assert pack_nibbles(values, 0).tolist() == [[1 + 9 * 16, 15 + 0 * 16, 8 + 11 * 16]]
+    assert pack_nibbles(values, 1).dtype == torch.uint8
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 5), (5, 4), (7, 3)])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_unpacking_undoes_packing(shape, dim):
+    values = torch.randint(-8, 8, shape, dtype=torch.int8)
+    assert torch.equal(unpack_nibbles(pack_nibbles(values, dim), dim, shape[dim]), values)
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_integers_follow_the_input_s_type_and_stay_integers(storage, dtype):
+    hooked, x = Hooked(nn.Linear(6, 5), storage=storage), draw(BATCH, 6, seed=7)
+    expected = hooked.mixed(x)
+    before = {name: buffer.clone() for name, buffer in hooked.deltas.named_buffers()}
+    hooked.module.to(dtype)
+    hooked.deltas.to(dtype)
+    output = hooked.mixed(x.to(dtype))
+    assert output.dtype == dtype
+    assert (output.float() - expected).abs().max() < 0.03 * expected.abs().max()
+    for name, buffer in hooked.deltas.named_buffers():
+        assert buffer.dtype == dtype if name.endswith("scale") else torch.equal(buffer, before[name])
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_half_precision_neither_overflows_nor_vanishes(storage):
+    """Deltas of usual size on activations of unusual size: plain integers would exceed 65504."""
+    hooked = Hooked(nn.Linear(512, 512, bias=False), storage=storage)
+    delta = hooked.deltas["weight"]
+    delta.scale.fill_(1e-4)
+    hooked.deltas.half()
+    x = 50 * draw(BATCH, 512).abs()
+    with torch.no_grad():
+        hooked.module.weight.zero_()
+        hooked.module.half()
+    dense = torch.stack(dense_deltas(delta, torch.Size((512, 512)), storage))
+    expected = torch.einsum("bt,tmn,bn->bm", WEIGHTS, dense, x)
+    output = hooked.mixed(x.half()).float()
+    assert torch.isfinite(output).all()
+    assert (output - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_every_storage_compiles(storage):
+    hooked, x = Hooked(nn.Linear(6, 5), storage=storage), draw(BATCH, 3, 6)
+    delta, call = hooked.deltas["weight"], CallWeights(WEIGHTS)
+    with torch.no_grad():
+        compiled = torch.compile(delta, backend="eager", fullgraph=True)(x, call)
+        assert_close(compiled, delta(x, call))
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_gradients_pass_through_every_storage_and_reach_what_is_float(storage):
+    hooked, x = Hooked(nn.Linear(6, 5), storage=storage), draw(BATCH, 6).requires_grad_()
+    with hooked.mix.applied(CallWeights(WEIGHTS)):
+        hooked.module(x).pow(2).sum().backward()
+    assert x.grad is not None and torch.isfinite(x.grad).all()
+    trained = {name for name, p in hooked.deltas["weight"].named_parameters() if p.grad is not None and p.grad.any()}
+    assert trained == {"float32": {"up", "down"}, "sparse": {"values"}}.get(storage, set())
+
+
+def test_a_vector_s_rule_cannot_be_sparse():
+    with pytest.raises(ValueError, match="'layer_norm'.*sparse"):
+        attach_deltas(nn.LayerNorm(6), ExpertMix(), {}, [], 3, sparse={"weight": ENTRIES})
