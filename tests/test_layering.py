@@ -35,8 +35,9 @@ ALLOWED: dict[str, set[str]] = {
         "artifact", "checkpoints", "compression", "errors", "merging", "modeling", "preflight", "recipe",
     },
     "evaluation": {"checkpoints", "inference", "merging", "preflight", "processing", "recipe"},
+    "token_evaluation": {"errors", "evaluation", "inference", "processing"},
     "verdict": {"evaluation", "preflight", "router_training"},
-    "starter": {"checkpoints", "errors", "modeling", "preflight", "processing"},
+    "starter": {"checkpoints", "data", "errors", "modeling", "preflight", "processing"},
     "progress": set(),
     "build_router": {
         "checkpoints", "errors", "inference", "modeling", "preflight", "probe", "progress", "router_training", "separation",
