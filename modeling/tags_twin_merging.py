@@ -34,7 +34,9 @@ def union_tags(experts: list) -> tuple[tuple, tuple]:
         for tag in expert["labels"]:
             name = _union_name(tag, expert["name"], chunked)
             if name in names and tag != OUTSIDE:
-                raise ValueError(f"two tags would be called {name!r} in the union of tags; rename expert {expert['name']!r}")
+                raise ValueError(
+                    f"two tags would be called {name!r} in the union of tags; rename expert {expert['name']!r}"
+                )
             if name not in names:
                 names.append(name)
             own.append(names.index(name))

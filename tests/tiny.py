@@ -21,7 +21,11 @@ TEXT_KINDS = ("bert", "roberta", "distilbert")
 LABELS: dict[str, list[str]] = {"a": ["x", "y"], "b": ["p", "q", "r"], "c": ["m", "n"]}
 """Experts and their labels; an expert with one label is a regression."""
 
-TAGS: dict[str, list[str]] = {"a": ["O", "B-PER", "I-PER"], "b": ["B-LOC", "I-LOC", "O", "B-PER"], "c": ["noun", "verb"]}
+TAGS: dict[str, list[str]] = {
+    "a": ["O", "B-PER", "I-PER"],
+    "b": ["B-LOC", "I-LOC", "O", "B-PER"],
+    "c": ["noun", "verb"],
+}
 """Experts that tag tokens: two in a chunk scheme, with `O` at different places, and one without `O`."""
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

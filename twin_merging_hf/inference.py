@@ -43,8 +43,8 @@ def run_over(
     """
     Apply `step` to each batch's model inputs and return the results of all rows, [row, ...], in order, on the CPU.
 
-    `step` gets inputs on the model's device, without labels. Of rows of tokens, results [batch, token, ...] are returned for the tokens
-    that have a tag, one row's after the other's: [tagged token, ...].
+    `step` gets inputs on the model's device, without labels. Of rows of tokens, results [batch, token, ...] are returned
+    for the tokens that have a tag, one row's after the other's: [tagged token, ...].
     """
     was_training = model.training
     model.eval()

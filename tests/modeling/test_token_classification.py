@@ -172,7 +172,9 @@ def test_a_row_alone_answers_as_in_a_batch(model):
     inputs = tiny.text_batch(ROWS)
     expected = answers(model, inputs, None)
     for i in range(ROWS):
-        assert_close(answers(model, row(inputs, i), None)[0, : tokens_of(inputs, i)], expected[i, : tokens_of(inputs, i)])
+        assert_close(
+            answers(model, row(inputs, i), None)[0, : tokens_of(inputs, i)], expected[i, : tokens_of(inputs, i)]
+        )
 
 
 @torch.no_grad()
