@@ -87,7 +87,7 @@ class LabelSpace:
         dtype = outputs.dtype
         raw = outputs.to(torch.promote_types(dtype, torch.float32))
         prior = head_prior(weights.to(raw.device, raw.dtype))
-        prior = prior.view(len(prior), *[1] * (raw.dim() - 2), -1)  # one choice for all tokens of a row
+        prior = prior[:, None] if raw.dim() == 3 else prior  # one choice for all tokens of a row
         blocks = [raw[..., start:stop] for start, stop in self.spans]
         if self.kind == "value":
             value = (torch.cat(blocks, dim=1) * prior).sum(dim=1, keepdim=True).to(dtype)
