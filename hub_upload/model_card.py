@@ -9,8 +9,10 @@ from twin_merging_hf.modeling import TwinMergingConfig
 
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
-_TASKS = {"text": "text-classification", "image": "image-classification"}
-_EXAMPLES = {"text": '["a text", "another text"]', "image": '["image.png"]'}
+_TASKS = {"text": "text-classification", "image": "image-classification", "tokens": "token-classification"}
+_EXAMPLES = {"text": '["a text", "another text"]', "image": '["image.png"]', "tokens": '["a text", "another text"]'}
+_OPTIONS = {"tokens": ', aggregation_strategy="simple"'}
+_KINDS = {"regression": "regression", "token_classification": "tags"}
 
 
 def render_card(config: TwinMergingConfig, report: dict, recipe_text: str, kind: str) -> str:
@@ -19,7 +21,7 @@ def render_card(config: TwinMergingConfig, report: dict, recipe_text: str, kind:
 
     Args:
         report: content of report.json.
-        kind: `text` or `image`.
+        kind: `text`, `image` or `tokens`.
     """
     names = [expert["name"] for expert in config.experts]
     versions = config.provenance.get("versions", {})
@@ -30,6 +32,7 @@ def render_card(config: TwinMergingConfig, report: dict, recipe_text: str, kind:
         task=_TASKS[kind],
         location="PATH_OR_REPO_ID",
         example=_EXAMPLES[kind],
+        options=_OPTIONS.get(kind, ""),
         first_expert=names[0],
         experts=_experts(config, report),
         routing=_routing(config, report),
@@ -69,7 +72,7 @@ def _experts(config: TwinMergingConfig, report: dict) -> str:
     lines = ["| expert | source | kind | labels |", "|---|---|---|---|"]
     for expert in config.experts:
         labels = ", ".join(expert["labels"][:12]) + (" ..." if len(expert["labels"]) > 12 else "")
-        kind = "regression" if expert["problem_type"] == "regression" else "classes"
+        kind = _KINDS.get(expert["problem_type"], "classes")
         lines.append(f"| {_cell(expert['name'])} | {_cell(expert.get('source', ''))} | {kind} | {_cell(labels)} |")
     return "\n".join(lines)
 
@@ -102,8 +105,8 @@ def _verdict(report: dict) -> str:
     if verdict["agreement"] is None:
         return "Not measured: the recipe gave no data."
     lines = [
-        "Agreement with each expert's own answers on held-out rows (share of equal labels; Pearson correlation for a "
-        "regression): left to itself, and with the expert given.",
+        "Agreement with each expert's own answers on held-out rows (share of equal labels, of equal tags where "
+        "tokens are tagged; Pearson correlation for a regression): left to itself, and with the expert given.",
         "",
         "| expert | rows | routed | given |",
         "|---|---|---|---|",

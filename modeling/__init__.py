@@ -1,11 +1,18 @@
 """The model code that travels with every artifact, and its registration with Transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from .configuration_twin_merging import TwinMergingConfig
 from .modeling_twin_merging import (
     TwinMergingForImageClassification,
     TwinMergingForSequenceClassification,
+    TwinMergingForTokenClassification,
     TwinMergingModel,
     TwinMergingPreTrainedModel,
 )
@@ -14,6 +21,7 @@ from .modeling_twin_merging import (
 AUTO_CLASSES = {
     AutoModel: TwinMergingModel,
     AutoModelForSequenceClassification: TwinMergingForSequenceClassification,
+    AutoModelForTokenClassification: TwinMergingForTokenClassification,
     AutoModelForImageClassification: TwinMergingForImageClassification,
 }
 
@@ -33,6 +41,7 @@ __all__ = [
     "TwinMergingConfig",
     "TwinMergingForImageClassification",
     "TwinMergingForSequenceClassification",
+    "TwinMergingForTokenClassification",
     "TwinMergingModel",
     "TwinMergingPreTrainedModel",
     "register",

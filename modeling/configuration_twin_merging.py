@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from .tags_twin_merging import TOKEN_CLASSES
+
 
 FORMAT_VERSION = 1
 ROUTER_TYPES = ("linear", "mlp", "centroid", "knn", "projection")
@@ -14,6 +16,7 @@ ROUTER_PASSES = ("prefix", "full")
 EXPERT_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 RESERVED_EXPERT_NAMES = ("all", "none", "__shared__", "__base__")
 FACTOR_DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
+PROBLEM_TYPES = ("single_label_classification", "regression", TOKEN_CLASSES)
 
 
 def check_expert_names(names: list[str]) -> None:
@@ -178,9 +181,9 @@ class TwinMergingConfig(PreTrainedConfig):
                 raise ValueError(
                     f"expert {expert['name']!r}: `labels` must be a list of different names, got {labels!r}"
                 )
-            if expert.get("problem_type") not in ("single_label_classification", "regression"):
+            if expert.get("problem_type") not in PROBLEM_TYPES:
                 raise ValueError(
-                    f"expert {expert['name']!r}: `problem_type` must be single_label_classification or regression, "
+                    f"expert {expert['name']!r}: `problem_type` must be one of {', '.join(PROBLEM_TYPES)}, "
                     f"got {expert.get('problem_type')!r}"
                 )
         self._validate_deltas()

@@ -7,6 +7,9 @@ from contextvars import ContextVar
 import torch
 
 
+ALL = "all"
+"""In the place of an expert's name: each row is answered by every expert."""
+
 # Weights of the running calls, by the id of the model's mix. A context variable, so that threads do not meet; never
 # changed in place, so that what an outer call sees stays as it is.
 _ACTIVE: ContextVar[dict] = ContextVar("twin_merging_active", default={})  # noqa: B039

@@ -19,11 +19,12 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, TransformersKwargs, cached_file, logging
 
+from .classification_twin_merging import ClassificationMixin, TwinMergingClassifierOutput
 from .configuration_twin_merging import TwinMergingConfig
 from .deltas_twin_merging import attach_deltas
 from .factors_twin_merging import INTEGER_BITS, ExactDelta, FactoredDelta
 from .heads_twin_merging import LabelSpace
-from .mix_twin_merging import CallWeights, CheckpointWithWeights, ExpertMix
+from .mix_twin_merging import ALL, CallWeights, CheckpointWithWeights, ExpertMix
 from .padding_twin_merging import TOKEN_INPUTS, align_left, restore_order
 from .routing_twin_merging import (
     NeighbourRouter,
@@ -36,17 +37,19 @@ from .routing_twin_merging import (
 )
 from .shared_twin_merging import build_shared, find_shared_class
 from .sparse_twin_merging import SparseDelta
+from .tags_twin_merging import TOKEN_CLASSES
+from .token_classification_twin_merging import TokenClassificationMixin, TwinMergingTokenClassifierOutput
 
 
 logger = logging.get_logger(__name__)
 
 SHARED = "__shared__"
-ALL = "all"
 MODEL_FILE = "modeling_twin_merging"
 AUTO_MAP = {
     "AutoConfig": "configuration_twin_merging.TwinMergingConfig",
     "AutoModel": f"{MODEL_FILE}.TwinMergingModel",
     "AutoModelForSequenceClassification": f"{MODEL_FILE}.TwinMergingForSequenceClassification",
+    "AutoModelForTokenClassification": f"{MODEL_FILE}.TwinMergingForTokenClassification",
     "AutoModelForImageClassification": f"{MODEL_FILE}.TwinMergingForImageClassification",
 }
 _INPUT_NAMES = (*TOKEN_INPUTS, "pixel_values")
@@ -63,26 +66,6 @@ class TwinMergingModelOutput(ModelOutput):
 
     last_hidden_state: torch.FloatTensor | None = None
     pooler_output: torch.FloatTensor | None = None
-    expert_weights: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-@dataclass
-class TwinMergingClassifierOutput(ModelOutput):
-    """
-    Output of the classification models; [batch, expert, ...] for `experts="all"`.
-
-    loss: scalar, mean negative log-probability of the labels (squared error for float labels).
-    logits: [batch, label], log-probabilities over the union label space (`config.id2label`), so that
-        `exp(logits).sum(-1) == 1`; the weighted value [batch, 1] if every expert is a regression.
-    expert_logits: [batch, label], each expert's own raw head outputs in its columns.
-    expert_weights: the weights that acted, [batch, expert].
-    """
-
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    expert_logits: torch.FloatTensor | None = None
     expert_weights: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
@@ -112,6 +95,9 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
                 f"{type(self).__name__} cannot serve a shared {config.shared_class}; load this artifact with "
                 f"`{auto_class}` (or `AutoModel` for hidden states)"
             )
+        tags_tokens = all(expert["problem_type"] == TOKEN_CLASSES for expert in config.experts)
+        if tags_tokens != (auto_class == "AutoModelForTokenClassification"):
+            raise ValueError(f"`problem_type` of the experts does not fit a shared {config.shared_class}")
         self.shared = build_shared(config)
         self.mix = ExpertMix()
         self.label_space = LabelSpace.of(config.experts)
@@ -240,6 +226,8 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
         return weights.float()
 
     _mixes_heads = False
+    _per_token: tuple = ()
+    """Fields of the output, beside hidden states and attentions, that stand [batch, token, ...]."""
 
     # ---- routing ----------------------------------------------------------------------------------------------
 
@@ -338,8 +326,12 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
         with self.mix.applied(CallWeights(weights)):
             return module(**inputs, return_dict=True)
 
-    def _answer(self, named: dict, kwargs: dict, experts, expert_weights, answer):
-        """Resolve the weights of a call, run `answer(inputs, weights)` and shape its output for `experts="all"`."""
+    def _answer(self, named: dict, kwargs: dict, experts, expert_weights, answer, finish=lambda output: output):
+        """
+        Resolve the weights of a call, run `answer(inputs, weights)` and shape its output for `experts="all"`.
+
+        `finish(output)` sees an output whose tokens stand in the caller's order again.
+        """
         return_dict = kwargs.pop("return_dict", None)
         inputs, moved = align_left(self._call_inputs(named, kwargs))
         if isinstance(experts, str) and experts == ALL:
@@ -349,10 +341,11 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
             repeated, weights = self._repeat_for_all(inputs, main.shape[0])
             if moved is not None:
                 moved = moved.repeat_interleave(len(self.expert_names))
-            output = restore_order(answer(repeated, weights.to(main.device)), moved)
+            output = finish(restore_order(answer(repeated, weights.to(main.device)), moved, self._per_token))
             output = type(output)(**{k: _split_rows(v, len(self.expert_names)) for k, v in output.items()})
         else:
-            output = restore_order(answer(inputs, self._resolve_weights(inputs, experts, expert_weights)), moved)
+            output = answer(inputs, self._resolve_weights(inputs, experts, expert_weights))
+            output = finish(restore_order(output, moved, self._per_token))
         use_dict = self.config.return_dict if return_dict is None else return_dict
         return output if use_dict else output.to_tuple()
 
@@ -526,99 +519,19 @@ class TwinMergingModel(TwinMergingPreTrainedModel):
         return self._answer(named, kwargs, experts, expert_weights, answer)
 
 
-class _TwinMergingForClassification(TwinMergingPreTrainedModel):
-    """Classification and regression over the union label space."""
-
-    _mixes_heads = True
-
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        labels: torch.Tensor | None = None,
-        expert_weights: torch.FloatTensor | None = None,
-        experts: str | list | dict | None = None,
-        **kwargs,
-    ) -> TwinMergingClassifierOutput:
-        """
-        Args:
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, pixel_values:
-                As in the shared model.
-            labels: [batch]; integers in the union label space (`config.label2id`), or floats for regression rows.
-            expert_weights: [batch, expert] or [1, expert], not negative; none given: the router decides.
-            experts: instead, an expert's name for all rows, one name for each row, `"__shared__"`, a dict of weights
-                by name, or `"all"` (each row by every expert, outputs [batch, expert, ...]).
-
-        Raises:
-            ValueError: unknown expert or argument, wrong shape or sign of weights, labels that mix regression and
-                classes, or labels together with `experts="all"`.
-        """
-        named = dict(zip(_INPUT_NAMES, (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
-                                        pixel_values), strict=True))  # fmt: skip
-        if labels is not None and isinstance(experts, str) and experts == ALL:
-            raise ValueError(
-                "`labels` cannot be given together with `experts='all'`: a row has one loss, not one for each"
-            )
-        items = kwargs.get("num_items_in_batch")
-
-        def answer(inputs, weights):
-            inputs = {name: value for name, value in inputs.items() if name != "num_items_in_batch"}
-            output = self._run(self.shared, inputs, weights)
-            logits, expert_logits = self.label_space.compose(output.logits, weights)
-            return TwinMergingClassifierOutput(
-                loss=None if labels is None else self._loss(labels, logits, expert_logits, weights, items),
-                logits=logits,
-                expert_logits=expert_logits,
-                expert_weights=weights,
-                hidden_states=output.get("hidden_states"),
-                attentions=output.get("attentions"),
-            )
-
-        return self._answer(named, kwargs, experts, expert_weights, answer)
-
-    def _loss(self, labels, logits, expert_logits, weights, items) -> Any:
-        """Cross-entropy in the union space for integer labels, squared error of the weighted value for floats."""
-        space = self.label_space
-        slots = [space.columns(t)[0] for t in range(len(space.regression)) if space.regression[t]]
-        if labels.is_floating_point() or space.kind == "value":
-            if not slots:
-                raise ValueError("float labels need a regression expert; this model has none (labels are class ids)")
-            value = logits[:, 0] if space.kind == "value" else self._regression_value(expert_logits, weights, slots)
-            if labels.numel() != value.shape[0]:
-                raise ValueError(f"got {labels.numel()} labels for {value.shape[0]} rows")
-            losses = (value.float() - labels.to(value.device).view(-1).float()).pow(2)
-        else:
-            if slots and torch.isin(labels, torch.tensor(slots, device=labels.device)).any():
-                raise ValueError(
-                    "a label is the slot of a regression expert: give float labels for regression rows, in a batch of "
-                    "their own (a batch cannot mix regression and classes)"
-                )
-            losses = nn.functional.cross_entropy(logits.float(), labels.to(logits.device).view(-1), reduction="none")
-            losses = losses[labels.to(losses.device).view(-1) != -100]
-        return losses.mean() if items is None else losses.sum() / items
-
-    def _regression_value(self, expert_logits, weights, slots) -> torch.Tensor:
-        experts = [t for t, is_regression in enumerate(self.label_space.regression) if is_regression]
-        shares = weights[:, experts].to(expert_logits.device)
-        if not torch.compiler.is_compiling() and (shares.sum(dim=1) == 0).any():
-            raise ValueError(
-                "float labels were given for a row that no regression expert answers: a batch cannot mix regression "
-                "and classes"
-            )
-        return (expert_logits[:, slots].float() * shares).sum(dim=1) / shares.sum(dim=1)
-
-
-class TwinMergingForSequenceClassification(_TwinMergingForClassification):
+class TwinMergingForSequenceClassification(ClassificationMixin, TwinMergingPreTrainedModel):
     """Text classification and regression by the right expert for every row."""
 
     _serves = ("AutoModelForSequenceClassification",)
 
 
-class TwinMergingForImageClassification(_TwinMergingForClassification):
+class TwinMergingForTokenClassification(TokenClassificationMixin, TwinMergingPreTrainedModel):
+    """Token classification by the right expert for every row (one choice for all of its tokens)."""
+
+    _serves = ("AutoModelForTokenClassification",)
+
+
+class TwinMergingForImageClassification(ClassificationMixin, TwinMergingPreTrainedModel):
     """Image classification and regression by the right expert for every row."""
 
     _serves = ("AutoModelForImageClassification",)
@@ -629,7 +542,9 @@ __all__ = [
     "TwinMergingClassifierOutput",
     "TwinMergingForImageClassification",
     "TwinMergingForSequenceClassification",
+    "TwinMergingForTokenClassification",
     "TwinMergingModel",
     "TwinMergingModelOutput",
     "TwinMergingPreTrainedModel",
+    "TwinMergingTokenClassifierOutput",
 ]

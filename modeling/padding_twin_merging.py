@@ -49,9 +49,15 @@ def _move_back(value, moved: torch.Tensor | None, dims: tuple = (1,)):
     return value
 
 
-def restore_order(output, moved: torch.Tensor | None):
-    """Give an output's per-token fields the order that the caller's rows had before `align_left`."""
-    for name, dims in (("last_hidden_state", (1,)), ("hidden_states", (1,)), ("attentions", (2, 3))):
+def restore_order(output, moved: torch.Tensor | None, per_token: tuple = ()):
+    """
+    Give an output's per-token fields the order that the caller's rows had before `align_left`.
+
+    Args:
+        per_token: more fields [batch, token, ...] than hidden states and attentions.
+    """
+    fields = (("last_hidden_state", (1,)), ("hidden_states", (1,)), ("attentions", (2, 3)))
+    for name, dims in (*fields, *((name, (1,)) for name in per_token)):
         if moved is not None and output.get(name) is not None:
             output[name] = _move_back(output[name], moved, dims)
     return output

@@ -15,6 +15,7 @@ from .heads_twin_merging import ExpertHeads
 # Which of Transformers' own classes may be the shared model, by the wrapper that serves them.
 SHARED_CLASSES = {
     "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
     "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
 }
 

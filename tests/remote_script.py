@@ -76,8 +76,21 @@ def check_model(case: dict, folder: str, inputs: dict):
     return model
 
 
+def check_tagger(case: dict, pipe) -> None:
+    with pipe.model.use_experts("b"):
+        answers = pipe(case["rows"], batch_size=4, aggregation_strategy="simple")
+    found = [entity for row in answers for entity in row]
+    assert [entity["entity_group"] for entity in found] == case["labels"], found
+    for entity, score in zip(found, case["scores"], strict=True):
+        assert abs(entity["score"] - score) < 1e-4, (entity, score)
+    assert {label.split("/")[0] for label in case["labels"]} == {"b"}
+
+
 def check_pipeline(case: dict, folder: str) -> None:
     pipe = pipeline(case["task"], model=folder, **TRUST)
+    if case["task"] == "token-classification":
+        check_tagger(case, pipe)
+        return
     for size in (1, 8):
         answers = pipe(case["rows"], batch_size=size, top_k=1)
         assert [answer[0]["label"] for answer in answers] == case["labels"], answers

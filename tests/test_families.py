@@ -2,7 +2,11 @@
 
 import pytest
 import torch
-from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from tests import tiny
 from twin_merging_hf.builder import Progress, build_artifact
@@ -14,6 +18,22 @@ FULL_RANK = {"method": "svd", "rank": tiny.FULL_RANK}
 
 def auto_class(kind: str):
     return AutoModelForImageClassification if kind in tiny.IMAGE_KINDS else AutoModelForSequenceClassification
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["electra", "modernbert", "gpt2", "llama"])
+def test_each_token_of_a_mixed_batch_is_tagged_as_by_its_row_s_own_expert(family, tmp_path):
+    folder = tiny.make_experts(f"{family}-tokens", tmp_path, tiny.TAGS, rows=0)
+    recipe = tiny.write_recipe(folder, tuple(tiny.TAGS), data=False, exclusive=FULL_RANK)
+    build_artifact(recipe, tmp_path / "out", Progress(quiet=True))
+    model = AutoModelForTokenClassification.from_pretrained(tmp_path / "out").eval()
+    inputs, names = tiny.text_batch(4), ["a", "b", "c", "a"]
+    output = model(**inputs, experts=names)
+    for i, name in enumerate(names):
+        own = AutoModelForTokenClassification.from_pretrained(folder / name).eval()(**inputs).logits[i]
+        columns, valid = model.label_space.columns(list(tiny.TAGS).index(name)), inputs["attention_mask"][i] > 0
+        torch.testing.assert_close(output.expert_logits[i][valid][:, columns], own[valid], atol=1e-4, rtol=0)
+        torch.testing.assert_close(output.logits[i][valid][:, columns], own[valid].log_softmax(-1), atol=1e-4, rtol=0)
 
 
 @torch.no_grad()

@@ -42,8 +42,9 @@ ALLOWED: dict[str, set[str]] = {
         "recipe",
     },
     "evaluation": {"checkpoints", "inference", "merging", "preflight", "processing", "recipe"},
+    "token_evaluation": {"errors", "evaluation", "inference", "processing"},
     "verdict": {"evaluation", "preflight", "router_training"},
-    "starter": {"checkpoints", "errors", "modeling", "preflight", "processing"},
+    "starter": {"checkpoints", "data", "errors", "modeling", "preflight", "processing"},
     "progress": set(),
     "build_router": {
         "checkpoints", "closed_form", "errors", "inference", "modeling", "preflight", "probe", "progress", "router_choice",

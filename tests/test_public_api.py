@@ -4,7 +4,13 @@ import importlib
 import re
 
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 import twin_merging_hf
 from twin_merging_hf import hub_upload, merging, modeling
@@ -16,6 +22,7 @@ def test_public_names_are_these():
         "TwinMergingError",
         "TwinMergingForImageClassification",
         "TwinMergingForSequenceClassification",
+        "TwinMergingForTokenClassification",
         "TwinMergingModel",
         "__version__",
     ]
@@ -23,6 +30,7 @@ def test_public_names_are_these():
         "TwinMergingConfig",
         "TwinMergingForImageClassification",
         "TwinMergingForSequenceClassification",
+        "TwinMergingForTokenClassification",
         "TwinMergingModel",
         "TwinMergingPreTrainedModel",
         "register",
@@ -39,7 +47,12 @@ def test_the_version_is_one():
 
 def registered() -> dict:
     """Which class each Auto class gives for our config."""
-    autos = (AutoModel, AutoModelForSequenceClassification, AutoModelForImageClassification)
+    autos = (
+        AutoModel,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+        AutoModelForImageClassification,
+    )
     found = {auto.__name__: auto._model_mapping[modeling.TwinMergingConfig] for auto in autos}
     return {**found, "AutoConfig": type(AutoConfig.for_model("twin_merging"))}
 
@@ -49,6 +62,7 @@ def test_every_auto_class_knows_its_model():
         "AutoConfig": modeling.TwinMergingConfig,
         "AutoModel": modeling.TwinMergingModel,
         "AutoModelForSequenceClassification": modeling.TwinMergingForSequenceClassification,
+        "AutoModelForTokenClassification": modeling.TwinMergingForTokenClassification,
         "AutoModelForImageClassification": modeling.TwinMergingForImageClassification,
     }
 

@@ -117,5 +117,5 @@ def test_names_of_folders_become_legal_and_different_names(world, tmp_path, case
 
 
 def test_the_comments_tell_what_rows_look_like(world, tmp_path):
-    for kind, key in (("bert", '"text"'), ("vit", '"image"')):
+    for kind, key in (("bert", '"text"'), ("vit", '"image"'), ("bert-tokens", '"tokens"')):
         assert key in starter_recipe(looks_of(world.experts(kind), ("a", "b")), tmp_path)

@@ -21,6 +21,13 @@ TEXT_KINDS = ("bert", "roberta", "distilbert")
 LABELS: dict[str, list[str]] = {"a": ["x", "y"], "b": ["p", "q", "r"], "c": ["m", "n"]}
 """Experts and their labels; an expert with one label is a regression."""
 
+TAGS: dict[str, list[str]] = {
+    "a": ["O", "B-PER", "I-PER"],
+    "b": ["B-LOC", "I-LOC", "O", "B-PER"],
+    "c": ["noun", "verb"],
+}
+"""Experts that tag tokens: two in a chunk scheme, with `O` at different places, and one without `O`."""
+
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [f"w{i}" for i in range(90)]
 VOCABULARY = len(SPECIAL) + len(WORDS)
@@ -75,6 +82,12 @@ _ARCHITECTURES: dict[str, tuple[str, str, dict]] = {
         {"image_size": IMAGE, "patch_size": 2, "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
     ),
 }  # fmt: skip
+_ARCHITECTURES |= {
+    f"{kind}-tokens": (config, name.replace("Sequence", "Token"), fields)
+    for kind, (config, name, fields) in _ARCHITECTURES.items()
+    if "Sequence" in name
+}
+"""Every family of text classifiers also as taggers: `bert-tokens`, ..."""
 IMAGE_KINDS = ("vit", "deit", "convnext")
 
 
@@ -162,6 +175,9 @@ def write_data(kind: str, folder: Path, name: str, labels: Sequence[str], task: 
             file.parent.mkdir(exist_ok=True)
             picture(task, i + 1000 * task).save(file)
             lines.append({"image": f"images/{file.name}", "label": label})
+        elif kind.endswith("-tokens"):
+            words = text_row(task, rng).split()
+            lines.append({"tokens": words, "tags": [rng.choice(list(labels)) for _ in words]})
         else:
             lines.append({"text": text_row(task, rng), "label": label})
     path = folder / f"{name}.jsonl"

@@ -11,6 +11,7 @@ from twin_merging_hf.modeling import (
     TwinMergingConfig,
     TwinMergingForImageClassification,
     TwinMergingForSequenceClassification,
+    TwinMergingForTokenClassification,
     TwinMergingModel,
 )
 
@@ -23,6 +24,7 @@ __all__ = [
     "TwinMergingError",
     "TwinMergingForImageClassification",
     "TwinMergingForSequenceClassification",
+    "TwinMergingForTokenClassification",
     "TwinMergingModel",
     "__version__",
 ]

@@ -338,8 +338,14 @@ def inspect_artifact(folder: Path) -> Inspection:
 
 def pipeline_task(config: TwinMergingConfig) -> str:
     """Name of the pipeline that serves an artifact."""
-    auto_class = find_shared_class(config.shared_class)[1]
-    return "image-classification" if auto_class == "AutoModelForImageClassification" else "text-classification"
+    return _PIPELINES[find_shared_class(config.shared_class)[1]]
+
+
+_PIPELINES = {
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForImageClassification": "image-classification",
+}
 
 
 def factor_keys(name: str) -> tuple[str, str]:

@@ -237,7 +237,7 @@ def _task_class(config: PreTrainedConfig, role: str) -> type[PreTrainedModel]:
         return find_shared_class(names[0])[0]
     except ValueError as error:
         raise TwinMergingError(
-            f"{role} is a {names[0]}; experts must be checkpoints of one of Transformers' own sequence or image "
+            f"{role} is a {names[0]}; experts must be checkpoints of one of Transformers' own sequence, token or image "
             "classification classes (load it with AutoModelForSequenceClassification and save it again, if it has a head)"
         ) from error
 

@@ -11,13 +11,19 @@ from .errors import TwinMergingError, require_extra
 
 # Beyond this, float32 is infinite.
 _LARGEST = 3e38
+EXAMPLES = {
+    "text": '{"text": ..., "label": ...}',
+    "image": '{"image": ..., "label": ...}',
+    "tokens": '{"tokens": [...], "tags": [...]}',
+}
+"""What a row of each kind looks like."""
 
 
 @dataclass(frozen=True)
 class ExpertRows:
     """
     Rows of one expert's task; each has `text` (and `text_pair`) or `image`, and `label`: the expert's own label id
-    (int) or a number (float, regression).
+    (int) or a number (float, regression). A row of a token classifier has `tokens` and as many `tags`, own label ids.
 
     train: rows for the router. held_out: rows that no training saw, for temperature, agreement and verdict.
     """
@@ -31,7 +37,7 @@ def read_rows(path: Path, kind: str, labels: list[str], regression: bool) -> lis
     Read and check a JSONL file.
 
     Args:
-        kind: `text` or `image`.
+        kind: `text`, `image` or `tokens`.
         labels: the expert's label names, in id order.
 
     Raises:
@@ -58,7 +64,10 @@ def _row(line: str, where: str, kind: str, labels: list[str], regression: bool, 
     except (ValueError, RecursionError) as error:
         raise TwinMergingError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(row, dict):
-        raise TwinMergingError(f'{where}: expected an object such as {{"{kind}": ..., "label": ...}}, got {row!r}')
+        raise TwinMergingError(f"{where}: expected an object such as {EXAMPLES[kind]}, got {row!r}")
+    _check_kind(row, where, kind)
+    if kind == "tokens":
+        return _token_row(row, where, labels)
     if not isinstance(row.get(kind), str) or (kind == "text" and not row[kind].strip()):
         raise TwinMergingError(f"{where}: `{kind}` must be a non-empty string, got {row.get(kind)!r}")
     known = {"text", "text_pair", "label"} if kind == "text" else {"image", "label"}
@@ -85,12 +94,43 @@ def _row(line: str, where: str, kind: str, labels: list[str], regression: bool, 
     return checked
 
 
-def _check_characters(row: dict, where: str) -> None:
+def _check_kind(row: dict, where: str, kind: str) -> None:
+    """Refuse rows of the other sort of task as a whole, before single keys are looked at."""
+    others = ("text", "image", "label") if kind == "tokens" else ("tokens", "tags")
+    own = ("tokens", "tags") if kind == "tokens" else (kind,)
+    found = [key for key in others if key in row]
+    if found and not any(key in row for key in own):
+        theirs, mine = ("whole texts or images", "tokens") if kind == "tokens" else ("tokens", f"whole {kind}s")
+        raise TwinMergingError(
+            f"{where}: `{found[0]}` belongs to rows of a classifier of {theirs}, but this expert is a classifier of {mine}, "
+            f"whose rows are like {EXAMPLES[kind]}"
+        )
+
+
+def _token_row(row: dict, where: str, labels: list[str]) -> dict:
+    unknown = set(row) - {"tokens", "tags"}
+    if unknown:
+        raise TwinMergingError(f"{where}: unknown key {sorted(unknown)[0]!r} (known: tags, tokens)")
+    for key in ("tokens", "tags"):
+        if not isinstance(row.get(key), list) or not row[key]:
+            raise TwinMergingError(f"{where}: `{key}` must be a list that is not empty, got {_shown(row.get(key))}")
+    for position, token in enumerate(row["tokens"]):
+        if not isinstance(token, str) or not token.strip():
+            raise TwinMergingError(f"{where}: token {position} must be a non-empty string, got {_shown(token)}")
+        _check_characters({"text": token}, where, "tokens")
+    if len(row["tokens"]) != len(row["tags"]):
+        raise TwinMergingError(
+            f"{where}: {len(row['tokens'])} `tokens`, but {len(row['tags'])} `tags`; every token needs one"
+        )
+    return {"tokens": row["tokens"], "tags": [_class_id(tag, where, labels, "tag") for tag in row["tags"]]}
+
+
+def _check_characters(row: dict, where: str, name: str | None = None) -> None:
     for key in ("text", "text_pair"):
         try:
             str(row.get(key) or "").encode("utf-8")
         except UnicodeEncodeError as error:
-            raise TwinMergingError(f"{where}: `{key}` holds half of a character: {error}") from error
+            raise TwinMergingError(f"{where}: `{name or key}` holds half of a character: {error}") from error
 
 
 def _label(row: dict, where: str, labels: list[str], regression: bool) -> Any:
@@ -101,12 +141,17 @@ def _label(row: dict, where: str, labels: list[str], regression: bool) -> Any:
         if isinstance(label, bool) or not isinstance(label, (int, float)) or not abs(label) <= _LARGEST:
             raise TwinMergingError(f"{where}: a regression row's `label` must be a finite number, got {_shown(label)}")
         return float(label)
+    return _class_id(label, where, labels, "label")
+
+
+def _class_id(label: Any, where: str, labels: list[str], what: str) -> int:
+    """Id of a label that is given by name or id."""
     if isinstance(label, str) and label in labels:
         return labels.index(label)
     if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(labels):
         return label
     raise TwinMergingError(
-        f"{where}: label {label!r} is none of this expert's labels ({', '.join(labels[:20])}) nor an id from 0 to "
+        f"{where}: {what} {_shown(label)} is none of this expert's labels ({', '.join(labels[:20])}) nor an id from 0 to "
         f"{len(labels) - 1}"
     )
 
@@ -116,7 +161,9 @@ def _shown(label: Any) -> str:
 
 
 def row_key(row: dict) -> str:
-    """What makes a row the same input as another: its text or image, not its label."""
+    """What makes a row the same input as another: its text, image or tokens, not its label."""
+    if "tokens" in row:
+        return json.dumps(["tokens", *row["tokens"]])
     return json.dumps([str(row.get(key)) for key in ("text", "text_pair", "image")])
 
 

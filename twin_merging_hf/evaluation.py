@@ -50,13 +50,17 @@ def static_merge(inputs: Inputs, expert: int, method: str, recipe: Recipe | None
 def model_outputs(
     model: nn.Module, rows: list[dict], processing: Processing, tick: Callable = lambda n: None
 ) -> torch.Tensor:
-    """Raw outputs [row, label] of a stock task model."""
+    """Raw outputs [row, label] of a stock task model; [tagged token, label] of a token classifier."""
     return run_over(model, rows, processing, lambda inputs: model(**inputs).logits, tick)
 
 
 @dataclass(frozen=True)
 class ArtifactOutputs:
-    """An artifact's answers to rows: `logits`, `expert_logits` [row, label] and `expert_weights` [row, expert]."""
+    """
+    An artifact's answers to rows: `logits`, `expert_logits` [row, label] and `expert_weights` [row, expert].
+
+    Of a token classifier all three have the tagged tokens of all rows in the place of rows.
+    """
 
     logits: torch.Tensor
     expert_logits: torch.Tensor
@@ -71,7 +75,10 @@ def artifact_outputs(
 
     def step(inputs: dict) -> torch.Tensor:
         output = model(**inputs, experts=experts)
-        return torch.cat([output.logits, output.expert_logits, output.expert_weights], dim=1)
+        weights = output.expert_weights
+        if output.logits.dim() == 3:  # a row's weights act on all of its tokens
+            weights = weights[:, None].expand(-1, output.logits.shape[1], -1)
+        return torch.cat([output.logits, output.expert_logits, weights.to(output.logits.device)], dim=-1)
 
     joined = run_over(model, rows, processing, step, tick)
     return ArtifactOutputs(*joined.split([width, width, count], dim=1))
@@ -81,7 +88,8 @@ def agreement(model: Any, expert: int, outputs: ArtifactOutputs, reference: torc
     """
     How far an artifact's answers are those of an expert on the expert's own rows.
 
-    Classes: share of rows with the same label; a label of another expert's counts as wrong. Regression: Pearson
+    Classes: share of rows (of tokens, where those are tagged) with the same label; a label of another expert's counts as
+    wrong. Regression: Pearson
     correlation; a row answered by another expert counts as the train mean.
 
     Args:

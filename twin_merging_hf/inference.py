@@ -13,11 +13,23 @@ BATCH = 32
 
 
 def batches(rows: list[dict], processing: Processing, size: int = BATCH) -> Iterator[tuple[list[int], dict]]:
-    """Yield (positions of the rows, model inputs), rows of similar length together, so that little is padded."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].get("text", "")) + len(rows[i].get("text_pair", "")))
+    """
+    Yield (positions of the rows, model inputs), rows of similar length together, so that little is padded.
+
+    Rows of tokens have their tags among the inputs, as `labels` [batch, token] (-100: none).
+    """
+    order = sorted(range(len(rows)), key=lambda i: _length(rows[i]))
     for start in range(0, len(rows), size):
         chunk = order[start : start + size]
-        yield chunk, processing.inputs([rows[i] for i in chunk])
+        if processing.kind == "tokens":
+            inputs, tags = processing.inputs_and_tags([rows[i] for i in chunk])
+            yield chunk, {**inputs, "labels": tags}
+        else:
+            yield chunk, processing.inputs([rows[i] for i in chunk])
+
+
+def _length(row: dict) -> int:
+    return len(row.get("text", "")) + len(row.get("text_pair", "")) + sum(map(len, row.get("tokens", [])))
 
 
 @torch.no_grad()
@@ -31,18 +43,22 @@ def run_over(
     """
     Apply `step` to each batch's model inputs and return the results of all rows, [row, ...], in order, on the CPU.
 
-    `step` gets inputs on the model's device.
+    `step` gets inputs on the model's device, without labels. Of rows of tokens, results [batch, token, ...] are returned
+    for the tokens that have a tag, one row's after the other's: [tagged token, ...].
     """
     was_training = model.training
     model.eval()
     try:
         results: list[torch.Tensor] = [torch.empty(0)] * len(rows)
         device = next(model.parameters()).device
+        per_token = False
         for chunk, inputs in batches(rows, processing):
+            tags = inputs.pop("labels", None)
             outputs = step({name: value.to(device) for name, value in inputs.items()}).float().cpu()
-            for position, output in zip(chunk, outputs, strict=True):
-                results[position] = output
+            per_token = tags is not None and outputs.dim() == 3
+            for index, position in enumerate(chunk):
+                results[position] = outputs[index][tags[index] != -100] if per_token else outputs[index]
             tick(len(chunk))
-        return torch.stack(results)
+        return torch.cat(results) if per_token else torch.stack(results)
     finally:
         model.train(was_training)

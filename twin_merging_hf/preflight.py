@@ -10,6 +10,8 @@ from transformers import PreTrainedConfig
 
 from twin_merging_hf.modeling.deltas_twin_merging import delta_rule, parameter_owners
 from twin_merging_hf.modeling.heads_twin_merging import LabelSpace
+from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
+from twin_merging_hf.modeling.tags_twin_merging import TOKEN_CLASSES
 
 from .checkpoints import Checkpoint, open_checkpoint
 from .data import ExpertRows, read_rows, split_rows
@@ -48,7 +50,7 @@ class Inputs:
 
     @property
     def kind(self) -> str:
-        """`text` or `image`."""
+        """`text`, `image` or `tokens`."""
         return input_kind(self.experts[0])
 
     @property
@@ -63,8 +65,14 @@ class Inputs:
 
 
 def input_kind(checkpoint: Checkpoint) -> str:
-    """`text` or `image`, by what the model's main input is."""
+    """`text` or `image`, by what the model's main input is; `tokens` where texts are tagged word by word."""
+    if _tags_tokens(checkpoint):
+        return "tokens"
     return _KIND_OF_INPUT.get(checkpoint.skeleton.main_input_name, checkpoint.skeleton.main_input_name)
+
+
+def _tags_tokens(checkpoint: Checkpoint) -> bool:
+    return find_shared_class(checkpoint.task_class.__name__)[1] == "AutoModelForTokenClassification"
 
 
 def preflight(recipe: Recipe, report: Callable[[str], None] = lambda message: None) -> Inputs:
@@ -90,6 +98,7 @@ def preflight(recipe: Recipe, report: Callable[[str], None] = lambda message: No
     rows = None
     if None not in entries:
         rows = _attempt(problems, _rows, recipe, entries, input_kind(first), processing)
+        _attempt(problems, _check_label_space, entries)
         notes += [*_label_notes(entries), *_data_notes(recipe)]
     _attempt(problems, _check_patterns, recipe, list(first.backbone))
     _raise(problems)
@@ -233,7 +242,13 @@ def _entry(checkpoint: Checkpoint, expert: ExpertSpec) -> dict:
                 f"{checkpoint.role}: the recipe gives {len(expert.labels)} `labels`, but its head has {len(labels)}"
             )
         labels = list(expert.labels)
+    if _tags_tokens(checkpoint) and config.problem_type not in (None, "single_label_classification"):
+        raise TwinMergingError(
+            f"{checkpoint.role}: its config.json says {config.problem_type!r}; a token classifier must give every token one "
+            "of its tags (`problem_type` single_label_classification, or none)"
+        )
     problem_type = config.problem_type or ("regression" if len(labels) == 1 else "single_label_classification")
+    problem_type = TOKEN_CLASSES if _tags_tokens(checkpoint) else problem_type
     if problem_type == "multi_label_classification":
         raise TwinMergingError(
             f"{checkpoint.role} is a multi-label classifier; its sigmoids are no distribution over labels, so it cannot "
@@ -246,6 +261,13 @@ def _entry(checkpoint: Checkpoint, expert: ExpertSpec) -> dict:
             f"{checkpoint.role}: two labels have one name ({labels}); give others by `labels` in the recipe"
         )
     return {"name": expert.name, "labels": labels, "problem_type": problem_type, "source": expert.model}
+
+
+def _check_label_space(entries: list[dict]) -> None:
+    try:
+        LabelSpace.of(entries)
+    except ValueError as error:
+        raise TwinMergingError(str(error)) from error
 
 
 def _data_notes(recipe: Recipe) -> list[str]:
@@ -294,14 +316,14 @@ def _common_processing(
     backbones: list[Checkpoint], recipe: Recipe, problems: list[str], notes: list[str]
 ) -> Processing | None:
     kind = input_kind(backbones[0])
-    if kind not in ("text", "image"):
+    if kind not in ("text", "image", "tokens"):
         raise TwinMergingError(f"models whose main input is {kind!r} are not supported (only text and images)")
     loaded = []
     for checkpoint in backbones:
         processing = load_processing(checkpoint.path, kind, checkpoint.role, recipe.trust_remote_code)
         if processing is not None:
             loaded.append((checkpoint, processing))
-    what = "tokenizer" if kind == "text" else "image processor"
+    what = "image processor" if kind == "image" else "tokenizer"
     if not loaded:
         notes.append(f"no checkpoint has a {what}, so the artifact has none; pipelines need one")
         return None

@@ -6,6 +6,7 @@ weights of a stock task model, and runs that.
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from twin_merging_hf.modeling import TwinMergingConfig
 from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
+from twin_merging_hf.modeling.tags_twin_merging import OUTSIDE
 
 from .artifact import exact_key, factor_keys, scale_key, sparse_keys
 from .errors import TwinMergingError
@@ -151,9 +153,12 @@ def probe(model: nn.Module, seed: int = 0) -> float:
     differences = []
     for row, row_weights in enumerate(weights):
         single = {name: value[row : row + 1] for name, value in inputs.items()}
-        expected = _expected_row(model, config, tensors, row_weights, single)
+        expected, actual = _expected_row(model, config, tensors, row_weights, single), outputs[row]
+        if actual.dim() == 2:  # [token, label]: what stands at padding is nobody's answer
+            valid = single["attention_mask"][0] > 0
+            expected, actual = expected[valid], actual[valid]
         spread = max(1.0, float(expected.abs().max()))
-        differences.append((outputs[row] - expected).abs().max() / spread)
+        differences.append((actual - expected).abs().max() / spread)
     worst = float(torch.stack(differences).max())  # NaN where any is
     if not worst <= TOLERANCE:
         raise TwinMergingError(
@@ -166,11 +171,21 @@ def probe(model: nn.Module, seed: int = 0) -> float:
 
 def _expected_row(model, config, tensors, weights, single) -> torch.Tensor:
     space = model.label_space
+    """Raw outputs [label] or [token, label] of one row; in columns that several experts own, their mean by weight."""
     prior = weights / weights.sum() if float(weights.sum()) > 0 else torch.full_like(weights, 1 / len(weights))
-    expected = torch.zeros(len(space.labels))
+    columns = [space.columns(t) for t in range(len(config.experts))]
+    expected: torch.Tensor | float = 0.0
     for t in range(len(config.experts)):
         dense = dense_model(config, tensors, weights, t)
         own = dense(**single).logits[0].float()
-        share = 1.0 if space.kind == "union" else float(prior[t])
-        expected[space.columns(t)] += share * own
-    return expected
+        share = torch.where(_shared_columns(space)[columns[t]], prior[t], torch.ones(()))
+        placed = torch.zeros(*own.shape[:-1], len(space.labels))
+        placed[..., columns[t]] = share * own
+        expected = expected + placed
+    return expected  # type: ignore[return-value]
+
+
+def _shared_columns(space: Any) -> torch.Tensor:
+    """[label]: whether a column is every expert's (`same`, `value`), or that of the `O` which taggers share."""
+    every = space.kind in ("same", "value")
+    return torch.tensor([every or (space.kind == "tags" and label == OUTSIDE) for label in space.labels])

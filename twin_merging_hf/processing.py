@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature
+from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.image_utils import load_image
 from transformers.utils import logging as transformers_logging
 
@@ -37,7 +37,7 @@ class Processing:
     """What turns rows into model inputs: a tokenizer or an image processor, as loaded by its Auto class."""
 
     kind: str
-    """`text` or `image`."""
+    """`text`, `image` or `tokens` (texts in words, each with a tag)."""
     processor: Any
     max_tokens: int = _MAX_TOKENS
     """Longer texts are cut: what the model has positions for, or what the tokenizer says."""
@@ -63,16 +63,53 @@ class Processing:
         Turn data rows into one padded batch of model inputs.
 
         Args:
-            rows: each with `text` (and `text_pair`), or with `image` (a path or a PIL image).
+            rows: each with `text` (and `text_pair`), with `image` (a path or a PIL image), or with `tokens`.
+
+        Raises:
+            TwinMergingError: rows of tokens, and a tokenizer that cannot tell which word a piece comes from.
         """
-        batch: BatchFeature
+        return self._batch(rows, max_tokens)[0]
+
+    def inputs_and_tags(self, rows: list[dict]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """
+        As `inputs`, for rows of tokens, and their tags [batch, token]: a word's tag stands at its first piece, -100 at
+        its other pieces, at special tokens and padding. Words beyond the length limit, and those that the tokenizer makes
+        nothing of (such as lone control characters), are no input and have no tag.
+
+        Raises:
+            TwinMergingError: the tokenizer makes nothing of a whole row.
+        """
+        batch, encoding = self._batch(rows, None)
+        tags = torch.full(batch["input_ids"].shape, -100)
+        for index, row in enumerate(rows):
+            before = None
+            for position, word in enumerate(encoding.word_ids(index)):
+                if word is not None and word != before:
+                    tags[index, position] = row["tags"][word]
+                before = word
+            if (tags[index] == -100).all():
+                raise TwinMergingError(f"the tokenizer makes nothing of a whole row: tokens {row['tokens'][:5]}")
+        return batch, tags
+
+    def _batch(self, rows: list[dict], max_tokens: int | None) -> tuple[dict[str, torch.Tensor], Any]:
+        batch: Any
         if self.kind == "image":
             images = [_open_image(row["image"]) for row in rows]
             batch = self.processor(images=images, return_tensors="pt")
         else:
             limit = min(max_tokens or self.max_tokens, self.processor.model_max_length)
-            batch = self._tokenize(rows, limit)
-        return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+            batch = self._tokenize_words(rows, limit) if self.kind == "tokens" else self._tokenize(rows, limit)
+        return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}, batch
+
+    def _tokenize_words(self, rows: list[dict], limit: int) -> Any:
+        if not self.processor.is_fast:
+            raise TwinMergingError(
+                f"{type(self.processor).__name__} cannot tell which word a piece comes from, which tags need; save the "
+                "checkpoints with a fast tokenizer (one that has a tokenizer.json)"
+            )
+        words = [row["tokens"] for row in rows]
+        options = {"is_split_into_words": True, "truncation": True, "max_length": limit}
+        return self.processor(words, padding=True, return_tensors="pt", **options)
 
     def _tokenize(self, rows: list[dict], limit: int) -> Any:
         options = {"truncation": True, "max_length": limit}
@@ -100,16 +137,16 @@ def load_processing(path: Path, kind: str, role: str, trust_remote_code: bool = 
     Raises:
         TwinMergingError: there is one, but it cannot be loaded.
     """
-    names = _TOKENIZER_FILES if kind == "text" else _IMAGE_FILES
+    names = _IMAGE_FILES if kind == "image" else _TOKENIZER_FILES
     if not any((path / name).is_file() for name in names):
         return None
-    auto_class = AutoTokenizer if kind == "text" else AutoImageProcessor
+    auto_class = AutoImageProcessor if kind == "image" else AutoTokenizer
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # the torchvision notice, once for each folder
     try:
         return Processing(kind, auto_class.from_pretrained(path, trust_remote_code=trust_remote_code))
     except Exception as error:
-        what = "tokenizer" if kind == "text" else "image processor"
+        what = "image processor" if kind == "image" else "tokenizer"
         raise TwinMergingError(f"{role}: the {what} in {path} cannot be loaded: {error}") from error
     finally:
         transformers_logging.set_verbosity(level)

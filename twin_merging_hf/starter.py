@@ -10,6 +10,7 @@ import yaml
 from twin_merging_hf.modeling.configuration_twin_merging import RESERVED_EXPERT_NAMES
 
 from .checkpoints import Checkpoint, open_checkpoint
+from .data import EXAMPLES
 from .errors import TwinMergingError
 from .preflight import compare_backbones, input_kind
 from .processing import Processing, differing_parts, load_processing
@@ -108,7 +109,7 @@ def starter_recipe(looks: list[Look], recipe_folder: Path) -> str:
     return (
         "# Each expert may have labelled rows, from which the router is trained (without them, `router: auto` needs none\n"
         "# but chooses worse):\n"
-        f'#   data: rows.jsonl        one {{"{kind}": ..., "label": ...}} a line; or {{train: ..., validation: ..., test: ...}}\n'
+        f"#   data: rows.jsonl        one {EXAMPLES[kind]} a line; or {{train: ..., validation: ..., test: ...}}\n"
         "# and readable names for labels that are called LABEL_0, ...:\n"
         "#   labels: [negative, positive]\n"
         f"{lines}"

@@ -17,7 +17,8 @@ _POOR = 0.9
 @dataclass(frozen=True)
 class Verdict:
     """
-    agreement: for each expert, how far the routed artifact answers like it on its held-out rows (share of equal labels;
+    agreement: for each expert, how far the routed artifact answers like it on its held-out rows (share of equal labels,
+        of equal tags where tokens are tagged;
         Pearson correlation for a regression). given: the same with the expert chosen by hand, so that the two together
         tell routing losses from compression losses. Both None without data.
     worst_confusion: the largest share of one expert's rows that went to one other: expert, chosen, share.
@@ -42,7 +43,7 @@ def reach_verdict(
     for index, (name, checkpoint) in enumerate(zip(inputs.recipe.names, inputs.experts, strict=True)):
         rows = inputs.rows[index].held_out[:_ROWS]
         reference = model_outputs(checkpoint_model(checkpoint), rows, inputs.processing, bar.update)
-        labels = [row["label"] for row in inputs.rows[index].train]
+        labels = [row.get("label", 0.0) for row in inputs.rows[index].train]  # tagged rows have none, and need no mean
         mean = sum(labels) / len(labels)
         by_itself = artifact_outputs(model, rows, inputs.processing, tick=bar.update)
         by_hand = artifact_outputs(model, rows, inputs.processing, name, tick=bar.update)

@@ -6,7 +6,11 @@ from typing import Any
 
 import torch
 from torch.func import functional_call
-from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from tests import tiny
 
@@ -28,7 +32,8 @@ MIXED = torch.tensor(
 @functools.cache
 def stock(kind: str, checkpoint: Path) -> Any:
     """A checkpoint loaded by its own class, as a user without this project would."""
-    auto = AutoModelForImageClassification if kind == "vit" else AutoModelForSequenceClassification
+    text = AutoModelForTokenClassification if kind.endswith("-tokens") else AutoModelForSequenceClassification
+    auto = AutoModelForImageClassification if kind == "vit" else text
     return auto.from_pretrained(checkpoint).eval()
 
 

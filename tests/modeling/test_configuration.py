@@ -40,7 +40,10 @@ def expert(**changes: Any) -> list[dict]:
 
 WEIGHT = "bert.encoder.layer.0.output.dense.weight"
 BAD: dict[str, tuple[dict, str]] = {
-    "router type": ({"router_type": "magic"}, "`router_type` must be one of linear, mlp, centroid, knn, projection.*'magic'"),
+    "router type": (
+        {"router_type": "magic"},
+        "`router_type` must be one of linear, mlp, centroid, knn, projection.*'magic'",
+    ),
     "router pass": ({"router_pass": "late"}, "`router_pass` must be one of prefix, full.*'late'"),
     "no layer": ({"router_layer": None}, "`router_layer`"),
     "no site": ({"router_type": "projection", "router_rank": 2}, "`router_site`"),
