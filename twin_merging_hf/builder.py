@@ -3,15 +3,12 @@
 import copy
 import hashlib
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers.utils import logging as transformers_logging
 
 from twin_merging_hf import modeling
 from twin_merging_hf.hub_upload.model_card import write_card
@@ -27,7 +24,7 @@ from .errors import TwinMergingError
 from .pictures import draw_confusion
 from .preflight import Inputs, preflight
 from .probe import probe
-from .progress import Progress
+from .progress import Progress, no_loading_bars
 from .recipe import Recipe, load_recipe
 from .row_hashes import recorded_hashes, row_hash, write_hashes
 from .separation import Separation, factor_dtype, matrix_shape, model_dtype, separate
@@ -100,7 +97,7 @@ def build_artifact(recipe: Recipe | str | Path, out: str | Path, progress: Progr
     progress.say("checking recipe, checkpoints and data")
     inputs = preflight(recipe, progress.say)
     try:
-        with staged(out) as folder, _no_loading_bars():
+        with staged(out) as folder, no_loading_bars():
             report, verdict = _build_into(folder, inputs, progress)
     finally:
         inputs.close()
@@ -250,15 +247,3 @@ def _data_report(inputs: Inputs) -> dict:
             found["train_mean"] = mean_label(rows.train)
         report[entry["name"]] = found
     return report
-
-
-@contextmanager
-def _no_loading_bars() -> Iterator[None]:
-    """Hide the bars of Transformers' own loading and saving, which say nothing beside the build's."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

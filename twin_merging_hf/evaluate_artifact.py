@@ -23,7 +23,7 @@ from .merging import MERGE_METHODS
 from .metrics import Metric, ScoreTable, bootstrap_difference, metric_for
 from .preflight import Inputs, preflight
 from .processing import Processing, load_processing, position_limit
-from .progress import Progress
+from .progress import Progress, no_loading_bars
 from .recipe import load_recipe
 from .row_hashes import RowHashes, read_hashes, recorded_hashes, refuse_overlap
 from .scoring import artifact_predictions, calibration, expert_predictions, labels_of, router_score
@@ -58,6 +58,7 @@ def evaluate_artifact(
     metrics: Mapping[str, str] | None = None,
     device: str = "cpu",
     seed: int = 0,
+    resamples: int = 1000,
     progress: Progress | None = None,
 ) -> dict:
     """
@@ -70,7 +71,7 @@ def evaluate_artifact(
         merges: static merges of the recipe's experts to show beside it, each with the true task's own head.
         metrics: metric by expert's name; default: accuracy, or Pearson correlation for a regression.
         device: where models run, as torch names it.
-        seed: of the bootstrap intervals.
+        seed, resamples: of the bootstrap intervals.
 
     Returns:
         What `docs/evaluate.md` lists, ready for JSON. All of it is the same for the same inputs, `time` excepted.
@@ -83,7 +84,7 @@ def evaluate_artifact(
     config, report = read_config(folder), _read_report(folder)
     if find_shared_class(config.shared_class)[1] not in _SERVES:
         raise TwinMergingError(f"{folder}: evaluate scores classification and regression, not {config.shared_class}")
-    with _opened(recipe, progress) as inputs:
+    with _opened(recipe, progress) as inputs, no_loading_bars():
         _check_request(config, inputs, merges, data)
         files = dict(data) or _test_files(inputs)
         tasks = _tasks(config, files, metrics or {}, report, inputs)
@@ -95,7 +96,7 @@ def evaluate_artifact(
         given = {t.expert: artifact_outputs(model, t.rows, processing, t.name, tick=bar.update) for t in tasks}
         bar.close()
         times = _times(model, tasks, processing)
-        compared = _compare(model, tasks, routed, given, seed)
+        compared = _compare(model, tasks, routed, given, seed, resamples)
         del model
         own, source = _expert_scores(tasks, report, inputs, device, progress, notes)
         merged = {method: _merge_scores(method, tasks, inputs, device, progress) for method in merges}
@@ -292,9 +293,10 @@ def _expert_scores(
     scores: dict[str, float | None] = {}
     for task in tasks:
         entry = recorded.get(task.name)
-        known = entry is not None and entry["metric"] == task.metric.name
-        scores[task.name] = entry["score"] if known else None
-        if not known:
+        if entry is not None and entry["metric"] == task.metric.name:
+            scores[task.name] = entry["score"]
+        else:
+            scores[task.name] = None
             what = f"only its {entry['metric']}" if entry else "no score of it"
             notes.append(f"{task.name}: the build recorded {what}; give --recipe to normalise {task.metric.name}")
     return scores, AT_BUILD
@@ -344,6 +346,7 @@ def _compare(
     routed: dict[int, ArtifactOutputs],
     given: dict[int, ArtifactOutputs],
     seed: int,
+    resamples: int,
 ) -> _Compared:
     scores: dict[str, dict[str, float]] = {"routed": {}, "given": {}}
     differences, by_task = {}, {}
@@ -353,7 +356,9 @@ def _compare(
         by_hand = artifact_predictions(model, t, given[t], task.train_mean)
         scores["routed"][task.name] = task.metric(by_itself, labels)
         scores["given"][task.name] = task.metric(by_hand, labels)
-        found = bootstrap_difference(by_itself, by_hand, labels, task.metric, seed=f"{seed}:{task.name}")
+        found = bootstrap_difference(
+            by_itself, by_hand, labels, task.metric, resamples=resamples, seed=f"{seed}:{task.name}"
+        )
         differences[task.name] = asdict(found)
         alone = calibration(model, {t: routed[t]}, {t: task.rows})
         if alone is not None:

@@ -52,7 +52,8 @@ def draw_evaluation(
         confusion: [expert, chosen expert or none last] counts.
         scores: panel title -> method -> task -> score; one that is undefined (None) has no bar.
     """
-    figure, panels = _figure(5.5 + 5.5 * len(scores), 5, columns=1 + len(scores))
+    size = 3 + 0.6 * len(names)
+    figure, panels = _figure(size * (1 + len(scores)), size, columns=1 + len(scores))
     _confusion_panel(panels[0], [*names, "none"], names, confusion)
     panels[0].set_title("Router, evaluated rows")
     for axes, (title, methods) in zip(panels[1:], scores.items(), strict=True):
@@ -65,7 +66,7 @@ def draw_evaluation(
             axes.bar(positions, heights, width=width, label=method)
         axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
         axes.set_title(title)
-        axes.legend(frameon=False, loc="lower right")
+    figure.legend(*panels[1].get_legend_handles_labels(), ncols=2, loc="outside lower right", frameon=False)
     _save(figure, path)
 
 
