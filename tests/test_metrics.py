@@ -187,6 +187,8 @@ def test_a_calibrated_mixture_has_no_error_and_an_overconfident_one_has():
     mixed = [[0.9, 0.1], [0.6, 0.4]]
     assert expected_calibration_error(mixed, [0, 1], bins=1) == pytest.approx(0.25)
     assert expected_calibration_error(mixed, [0, 1], bins=15) == pytest.approx((0.1 + 0.6) / 2)
+    # An edge belongs to the bin below it: 0.5 and 0.9 share no bin of two.
+    assert expected_calibration_error([[0.5, 0.5], [0.9, 0.1]], [0, 1], bins=2) == pytest.approx((0.5 + 0.9) / 2)
 
 
 def test_negative_log_likelihood():
