@@ -34,6 +34,15 @@ ALLOWED: dict[str, set[str]] = {
     "closed_form": {"errors", "modeling"},
     "router_training": {"closed_form", "compression", "errors", "modeling", "recipe"},
     "router_choice": {"modeling", "recipe", "router_training"},
+    "metrics": {"errors"},
+    "timing": set(),
+    "row_hashes": {"data", "errors", "recipe"},
+    "scoring": {"errors", "evaluation", "metrics"},
+    "evaluate_table": {"artifact", "errors", "pictures"},
+    "evaluate_artifact": {
+        "artifact", "data", "errors", "evaluation", "inference", "merging", "metrics", "modeling", "preflight", "processing",
+        "progress", "recipe", "row_hashes", "scoring", "timing", "verdict",
+    },
     "preflight": {"checkpoints", "data", "errors", "modeling", "processing", "recipe"},
     "probe": {"artifact", "errors", "modeling"},
     "exclusive": {"artifact", "compression", "errors", "modeling", "quantisation", "sparsification"},
@@ -51,13 +60,16 @@ ALLOWED: dict[str, set[str]] = {
         "router_training", "separation",
     },
     "builder": {
-        "_version", "artifact", "build_router", "checkpoints", "data", "errors", "hub_upload", "modeling", "pictures",
-        "preflight", "probe", "progress", "recipe", "separation", "verdict",
+        "_version", "artifact", "build_router", "errors", "hub_upload", "modeling", "pictures", "preflight", "probe",
+        "progress", "recipe", "row_hashes", "separation", "verdict",
     },
     "demo": {
         "artifact", "builder", "data", "errors", "evaluation", "pictures", "preflight", "progress", "recipe", "verdict",
     },
-    "cli": {"_version", "artifact", "builder", "demo", "errors", "progress", "starter", "verdict"},
+    "cli": {
+        "_version", "artifact", "builder", "demo", "errors", "evaluate_artifact", "evaluate_table", "progress", "starter",
+        "verdict",
+    },
     "__init__": {"_version", "errors", "modeling"},
 }  # fmt: skip
 TRAVELS_WITH = {"torch", "transformers", "safetensors", *sys.stdlib_module_names}

@@ -9,14 +9,19 @@ from tests import files, tiny
 from twin_merging_hf import TwinMergingError, builder
 from twin_merging_hf.artifact import check_artifact
 from twin_merging_hf.builder import Progress, build_artifact
-from twin_merging_hf.pictures import draw_confusion, draw_scores
+from twin_merging_hf.pictures import draw_confusion, draw_evaluation, draw_scores
 
 
 SCORES = [("mean", {"a": 0.5, "b": 0.25}), ("routed", {"a": 1.0, "b": 0.9})]
+PANELS = {
+    "Raw": {"routed": {"a": 0.5, "b": 0.25}, "given": {"a": 0.6, "b": 0.3}},
+    "Normalised": {"routed": {"a": 98.0, "b": None}, "given": {"a": 99.0, "b": None}},
+}
 DRAWINGS = {
     "confusion": lambda path: draw_confusion(path, ["a", "b"], [[8, 2], [0, 5]]),
     "nothing held out": lambda path: draw_confusion(path, ["a", "b"], [[0, 0], [0, 5]]),
     "scores": lambda path: draw_scores(path, SCORES, "Scores"),
+    "evaluation": lambda path: draw_evaluation(path, ["a", "b"], [[8, 1, 1], [0, 5, 0]], PANELS),
 }
 
 

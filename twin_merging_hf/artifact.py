@@ -36,6 +36,7 @@ class Layout:
     report: str = "report.json"
     card: str = "README.md"
     confusion: str = "confusion.png"
+    rows: str = "rows.json"
 
 
 LAYOUT = Layout()

@@ -3,15 +3,12 @@
 import copy
 import hashlib
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers.utils import logging as transformers_logging
 
 from twin_merging_hf import modeling
 from twin_merging_hf.hub_upload.model_card import write_card
@@ -22,16 +19,15 @@ from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
 from ._version import __version__
 from .artifact import LAYOUT, Storage, check_files, refuse_existing, staged, storage, write_json
 from .build_router import make_router, router_type
-from .checkpoints import Checkpoint
-from .data import row_key
 from .errors import TwinMergingError
 from .pictures import draw_confusion
 from .preflight import Inputs, preflight
 from .probe import probe
-from .progress import Progress
+from .progress import Progress, no_loading_bars
 from .recipe import Recipe, load_recipe
+from .row_hashes import recorded_hashes, row_hash, write_hashes
 from .separation import Separation, factor_dtype, model_dtype, planned_bytes, separate
-from .verdict import Verdict, reach_verdict
+from .verdict import Verdict, mean_label, reach_verdict
 
 
 @dataclass(frozen=True)
@@ -93,7 +89,7 @@ def build_artifact(recipe: Recipe | str | Path, out: str | Path, progress: Progr
     progress.say("checking recipe, checkpoints and data")
     inputs = preflight(recipe, progress.say)
     try:
-        with staged(out) as folder, _no_loading_bars():
+        with staged(out) as folder, no_loading_bars():
             report, verdict = _build_into(folder, inputs, progress)
     finally:
         inputs.close()
@@ -180,6 +176,9 @@ def _save(model: Any, folder: Path, inputs: Inputs) -> None:
     if inputs.processing is not None:
         inputs.processing.processor.save_pretrained(folder)
     (folder / LAYOUT.recipe).write_text(inputs.recipe.text, encoding="utf-8")
+    hashes = recorded_hashes(inputs.recipe, inputs.entries, inputs.kind)
+    if hashes:
+        write_hashes(folder / LAYOUT.rows, hashes)
     companions = {path.name for path in folder.iterdir()} | {LAYOUT.report, LAYOUT.card}
     if inputs.rows is not None and _can_draw():
         companions.add(LAYOUT.confusion)
@@ -206,7 +205,7 @@ def _provenance(inputs: Inputs) -> dict:
         "recipe_sha256": hashlib.sha256(recipe.text.encode()).hexdigest(),
         "seed": recipe.seed,
         "sources": {
-            name: {"model": c.source, "from_hub": c.from_hub, "sha256": _fingerprint(c)} for name, c in sources.items()
+            name: {"model": c.source, "from_hub": c.from_hub, "sha256": c.fingerprint()} for name, c in sources.items()
         },
         "versions": {
             "twin-merging-hf": __version__,
@@ -214,16 +213,6 @@ def _provenance(inputs: Inputs) -> dict:
             "torch": torch.__version__,
         },
     }
-
-
-def _fingerprint(checkpoint: Checkpoint) -> str:
-    """SHA-256 of a checkpoint's weight files, in order of their names."""
-    digest = hashlib.sha256()
-    for file in sorted({file for file, _ in checkpoint.places.values()}):
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def _report(folder, config, separation, inputs, router, difference, verdict) -> dict:
@@ -243,30 +232,15 @@ def _report(folder, config, separation, inputs, router, difference, verdict) -> 
 
 
 def _data_report(inputs: Inputs) -> dict:
-    """Counts and digests of the rows that the build used, so that an evaluation can refuse to score them."""
+    """Counts and digests of the rows that the build used (rows.json has each row's), and means of regression labels."""
     report = {}
-    for name, rows in zip(inputs.recipe.names, inputs.rows or [], strict=bool(inputs.rows)):
-        digests = {}
+    for entry, rows in zip(inputs.entries, inputs.rows or [], strict=bool(inputs.rows)):
+        found: dict[str, Any] = {}
         for part in ("train", "held_out"):
             chosen = getattr(rows, part)
-            joined = "\n".join(sorted(_row_digest(row) for row in chosen))
-            digests[part] = {"rows": len(chosen), "sha256": hashlib.sha256(joined.encode()).hexdigest()}
-        report[name] = digests
+            joined = "\n".join(sorted(row_hash(row) for row in chosen))
+            found[part] = {"rows": len(chosen), "sha256": hashlib.sha256(joined.encode()).hexdigest()}
+        if entry["problem_type"] == "regression":
+            found["train_mean"] = mean_label(rows.train)
+        report[entry["name"]] = found
     return report
-
-
-def _row_digest(row: dict) -> str:
-    """What makes a row the same input wherever its files lie: its text, or its image's bytes."""
-    return hashlib.sha256(row["image"].read_bytes()).hexdigest() if "image" in row else row_key(row)
-
-
-@contextmanager
-def _no_loading_bars() -> Iterator[None]:
-    """Hide the bars of Transformers' own loading and saving, which say nothing beside the build's."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

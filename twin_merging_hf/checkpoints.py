@@ -1,5 +1,6 @@
 """Checkpoints, read lazily tensor by tensor: the only file that opens experts, bases and ready shared models."""
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass, field
@@ -125,6 +126,15 @@ class Checkpoint:
         """Read one tensor, as stored."""
         file, key = self.places[name]
         return self._open(file).get_tensor(key)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the weight files, in order of their names."""
+        digest = hashlib.sha256()
+        for file in sorted({file for file, _ in self.places.values()}):
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 22):
+                    digest.update(block)
+        return digest.hexdigest()
 
     def close(self) -> None:
         """Close the files."""

@@ -205,6 +205,66 @@ def inspect(
 
 
 @app.command()
+def evaluate(
+    artifact: Annotated[Path, typer.Argument(help="Folder of an artifact.")],
+    more: Annotated[list[str] | None, typer.Argument(metavar="[NAME=FILE]...", help="More of --data.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="NAME=FILE: an expert's JSONL rows (repeat).")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Also evaluate this recipe's experts, on the same rows.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file; a PNG goes beside it.")] = None,
+    metric: Annotated[list[str] | None, typer.Option("--metric", help="NAME=METRIC, as in docs (repeat).")] = None,
+    merges: Annotated[str, typer.Option(help="Static merges to show too, such as linear,task_arithmetic.")] = "",
+    device: Annotated[str, typer.Option(help="Where models run, such as cpu or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap intervals.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Score an artifact on rows that it was not made with: routed, with experts given, and relative to the experts."""
+    from .evaluate_artifact import evaluate_artifact
+    from .evaluate_table import refuse_existing_files, table, write_evaluation
+    from .progress import Progress
+
+    with _errors():
+        files = _named("--data", [*(data or []), *(more or [])])
+        metrics = _named("--metric", metric or [])
+        if output is not None:
+            refuse_existing_files(output)
+        methods = [name.strip() for name in merges.split(",") if name.strip()]
+        found = evaluate_artifact(
+            artifact,
+            files,
+            recipe,
+            merges=methods,
+            metrics=metrics,
+            device=device,
+            seed=seed,
+            progress=Progress(quiet),
+        )
+        written = write_evaluation(output, found) if output is not None else []
+        if as_json:
+            typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+            return
+        for line in table(found):
+            typer.echo(line)
+        if written:
+            typer.echo(f"\nwrote {' and '.join(map(str, written))}")
+
+
+def _named(option: str, pairs: list[str]) -> dict[str, str]:
+    """Parse `NAME=VALUE`, each name once."""
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if not name or not value:
+            raise TwinMergingError(f"{option} must be NAME=VALUE, got {pair!r}")
+        if name in found:
+            raise TwinMergingError(f"{option} is given twice for {name!r}")
+        found[name] = value
+    return found
+
+
+@app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(help="Folder for everything the demo makes; must not exist.")] = Path(
         "twin-merging-demo"

@@ -8,7 +8,7 @@ class TwinMergingError(ValueError):
     """Something in recipe, checkpoints, data or artifact that the user can fix. Says found, expected, remedy."""
 
 
-_PIP_NAMES = {"sklearn": "scikit-learn", "PIL": "pillow"}
+_PIP_NAMES = {"sklearn": "scikit-learn", "PIL": "pillow", "rouge_score": "rouge-score"}
 
 
 def require_extra(module: str, extra: str) -> ModuleType:

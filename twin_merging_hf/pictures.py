@@ -6,11 +6,11 @@ from typing import Any
 from .errors import require_extra
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
     matplotlib = require_extra("matplotlib", "plot")
     matplotlib.use("Agg")
     pyplot = require_extra("matplotlib.pyplot", "plot")
-    return pyplot.subplots(figsize=(width, height), layout="constrained")
+    return pyplot.subplots(1, columns, figsize=(width, height), layout="constrained")
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -25,16 +25,48 @@ def draw_confusion(
     """Draw a router's confusion: rows are the experts that rows belong to, columns those chosen; shares of each row."""
     size = 2.2 + 0.7 * len(names)
     figure, axes = _figure(size + 0.8, size)
+    _confusion_panel(axes, names, names, confusion)
+    axes.set_title(title)
+    _save(figure, path)
+
+
+def _confusion_panel(axes: Any, chosen: list[str], names: list[str], confusion: list[list[int]]) -> None:
     shares = [[count / max(1, sum(row)) for count in row] for row in confusion]
     axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.set_xticks(range(len(chosen)), chosen, rotation=30, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("chosen expert")
     axes.set_ylabel("expert the row belongs to")
-    axes.set_title(title)
     for i, row in enumerate(confusion):
         for j, count in enumerate(row):
             axes.text(j, i, str(count), ha="center", va="center", color="white" if shares[i][j] > 0.5 else "black")
+
+
+def draw_evaluation(
+    path: Path, names: list[str], confusion: list[list[int]], scores: dict[str, dict[str, dict[str, float | None]]]
+) -> None:
+    """
+    Draw an evaluation: the router's confusion, and bars of raw and of normalised scores by task.
+
+    Args:
+        confusion: [expert, chosen expert or none last] counts.
+        scores: panel title -> method -> task -> score; one that is undefined (None) has no bar.
+    """
+    size = 3 + 0.6 * len(names)
+    figure, panels = _figure(size * (1 + len(scores)), size, columns=1 + len(scores))
+    _confusion_panel(panels[0], [*names, "none"], names, confusion)
+    panels[0].set_title("Router, evaluated rows")
+    for axes, (title, methods) in zip(panels[1:], scores.items(), strict=True):
+        tasks = list(next(iter(methods.values())))
+        width = 0.8 / len(methods)
+        for index, (method, by_task) in enumerate(methods.items()):
+            positions = [i + (index - (len(methods) - 1) / 2) * width for i in range(len(tasks))]
+            values = [by_task[task] for task in tasks]
+            heights = [float("nan") if value is None else value for value in values]
+            axes.bar(positions, heights, width=width, label=method)
+        axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
+        axes.set_title(title)
+    figure.legend(*panels[1].get_legend_handles_labels(), ncols=2, loc="outside lower right", frameon=False)
     _save(figure, path)
 
 

@@ -16,7 +16,7 @@ from twin_merging_hf.modeling.tags_twin_merging import TOKEN_CLASSES
 from .checkpoints import Checkpoint, open_checkpoint
 from .data import ExpertRows, read_rows, split_rows
 from .errors import TwinMergingError
-from .processing import Processing, differing_parts, load_processing
+from .processing import Processing, differing_parts, load_processing, position_limit
 from .recipe import BASE, ExpertSpec, Recipe
 
 
@@ -336,17 +336,7 @@ def _common_processing(
         )
         if parts:
             problems.append(f"{checkpoint.role}: its {what} differs from that of {first.role} in {', '.join(parts)}")
-    return replace(common, max_tokens=min(common.max_tokens, _positions(backbones[0])))
-
-
-def _positions(checkpoint: Checkpoint) -> int:
-    """How many tokens a model has positions for; RoBERTa and its kin spend some on padding."""
-    positions = getattr(checkpoint.config, "max_position_embeddings", None)
-    if positions is None:
-        return 1 << 30
-    modules = checkpoint.skeleton.modules()
-    counts_padding = any(hasattr(module, "create_position_ids_from_input_ids") for module in modules)
-    return positions - ((checkpoint.config.pad_token_id or 0) + 1 if counts_padding else 0)
+    return replace(common, max_tokens=min(common.max_tokens, position_limit(backbones[0].skeleton)))
 
 
 def _rows(recipe: Recipe, entries: list[dict], kind: str, processing: Processing | None) -> list[ExpertRows] | None:

@@ -156,3 +156,12 @@ def differing_parts(one: Processing, other: Processing, only: tuple[str, ...] | 
     """Names of the parts in which two processors differ."""
     a, b = one.signature(), other.signature()
     return [key for key in sorted({*a, *b}) if (only is None or key in only) and a.get(key) != b.get(key)]
+
+
+def position_limit(model: Any) -> int:
+    """How many tokens a stock model has positions for; RoBERTa and its kin spend some on padding."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None:
+        return 1 << 30
+    counts_padding = any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
+    return positions - ((model.config.pad_token_id or 0) + 1 if counts_padding else 0)

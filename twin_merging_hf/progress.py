@@ -1,8 +1,11 @@
 """What a long job says while it runs."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
 
 
 class Progress:
@@ -19,3 +22,15 @@ class Progress:
     def counter(self, description: str, total: int) -> tqdm:
         """Start a bar that its caller moves by `update` and ends by `close`."""
         return tqdm(desc=description, total=total, disable=self.quiet, leave=False)
+
+
+@contextmanager
+def no_loading_bars() -> Iterator[None]:
+    """Hide the bars of Transformers' own loading and saving, which say nothing beside ours."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

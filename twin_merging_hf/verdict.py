@@ -4,7 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .evaluation import agreement, artifact_outputs, checkpoint_model, model_outputs
+import torch
+
+from .evaluation import accuracy, agreement, artifact_outputs, checkpoint_model, model_outputs, pearson
 from .preflight import Inputs
 from .router_training import RouterReport
 
@@ -22,6 +24,8 @@ class Verdict:
         Pearson correlation for a regression). given: the same with the expert chosen by hand, so that the two together
         tell routing losses from compression losses. Both None without data.
     worst_confusion: the largest share of one expert's rows that went to one other: expert, chosen, share.
+    expert_scores: how well each expert itself does on these rows (`metric`: accuracy, or pearson for a regression; `score`;
+        `rows`): what later scores are relative to, where the experts are no longer at hand.
     """
 
     agreement: dict[str, float] | None
@@ -29,6 +33,7 @@ class Verdict:
     rows: dict[str, int] | None
     router_accuracy: float | None
     worst_confusion: dict | None
+    expert_scores: dict[str, dict] | None = None
 
 
 def reach_verdict(
@@ -38,13 +43,14 @@ def reach_verdict(
     if inputs.rows is None or router is None:
         return Verdict(None, None, None, None, None)
     assert inputs.processing is not None
-    routed, given, counts = {}, {}, {}
+    routed, given, counts, own = {}, {}, {}, {}
     bar = counter("comparing with the experts", sum(3 * min(_ROWS, len(rows.held_out)) for rows in inputs.rows))
     for index, (name, checkpoint) in enumerate(zip(inputs.recipe.names, inputs.experts, strict=True)):
         rows = inputs.rows[index].held_out[:_ROWS]
         reference = model_outputs(checkpoint_model(checkpoint), rows, inputs.processing, bar.update)
-        labels = [row.get("label", 0.0) for row in inputs.rows[index].train]  # tagged rows have none, and need no mean
-        mean = sum(labels) / len(labels)
+        if "tokens" not in rows[0]:  # tagged rows are scored by their own measures
+            own[name] = _own_score(reference, rows, inputs.entries[index]["problem_type"] == "regression")
+        mean = mean_label(inputs.rows[index].train)
         by_itself = artifact_outputs(model, rows, inputs.processing, tick=bar.update)
         by_hand = artifact_outputs(model, rows, inputs.processing, name, tick=bar.update)
         routed[name] = round(agreement(model, index, by_itself, reference, mean), 4)
@@ -52,8 +58,20 @@ def reach_verdict(
         counts[name] = len(rows)
     bar.close()
     return Verdict(
-        routed, given, counts, round(router.accuracy, 4), worst_confusion(inputs.recipe.names, router.confusion)
+        routed, given, counts, round(router.accuracy, 4), worst_confusion(inputs.recipe.names, router.confusion), own
     )
+
+
+def _own_score(outputs: torch.Tensor, rows: list[dict], regression: bool) -> dict:
+    if regression:
+        labels = torch.tensor([row["label"] for row in rows])
+        return {"metric": "pearson", "score": round(pearson(outputs[:, 0], labels), 6), "rows": len(rows)}
+    return {"metric": "accuracy", "score": round(accuracy(outputs, rows), 6), "rows": len(rows)}
+
+
+def mean_label(rows: list[dict]) -> float:
+    """Mean label of rows: what a regression row that another expert answers counts as, if these are its train rows."""
+    return sum(row.get("label", 0.0) for row in rows) / len(rows)  # tagged rows have none, and need no mean
 
 
 def worst_confusion(names: list[str], confusion: list[list[int]]) -> dict | None:
