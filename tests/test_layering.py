@@ -46,11 +46,16 @@ ALLOWED: dict[str, set[str]] = {
         "_version", "artifact", "build_router", "checkpoints", "data", "errors", "hub_upload", "modeling", "pictures",
         "preflight", "probe", "progress", "recipe", "separation", "verdict",
     },
+    "tuned_recipe": {"errors", "recipe"},
+    "tuning": {
+        "compression", "errors", "evaluation", "merging", "modeling", "preflight", "progress", "recipe", "separation",
+        "shared_merge", "tuned_recipe",
+    },
     "demo": {
         "artifact", "builder", "data", "errors", "evaluation", "pictures", "preflight", "progress", "recipe",
         "shared_merge", "verdict",
     },
-    "cli": {"_version", "artifact", "builder", "demo", "errors", "progress", "starter", "verdict"},
+    "cli": {"_version", "artifact", "builder", "demo", "errors", "progress", "starter", "tuning", "verdict"},
     "__init__": {"_version", "errors", "modeling"},
 }  # fmt: skip
 TRAVELS_WITH = {"torch", "transformers", "safetensors", *sys.stdlib_module_names}
