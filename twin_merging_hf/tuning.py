@@ -114,7 +114,9 @@ def _tune(inputs: Inputs, grids: Grids, progress: Progress) -> Tuning:
     chosen = {key: tuning.chosen[key] for key in ("lambda", "density") if key in tuning.chosen}
     tuned = _with(inputs.recipe, chosen)
     _tune_rank(inputs, tuned, grids, progress, tuning)
-    tuning.left["router"] = "`router: auto` chooses on the same held-out rows when the artifact is built"
+    tuning.left["router"] = (
+        "the build trains it, and chooses it where the recipe says `auto`, holding out the same rows"
+    )
     return tuning
 
 
