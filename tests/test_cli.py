@@ -15,7 +15,7 @@ from twin_merging_hf.cli import app
 from twin_merging_hf.recipe import load_recipe
 
 
-COMMANDS = ("init", "build", "check", "inspect", "evaluate", "demo")
+COMMANDS = ("init", "build", "tune", "check", "inspect", "evaluate", "demo")
 
 
 @pytest.fixture(autouse=True)

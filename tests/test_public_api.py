@@ -36,7 +36,21 @@ def test_public_names_are_these():
         "register",
     ]
     assert hub_upload.__all__ == ["render_card", "write_card"]
-    assert merging.__all__ == ["MERGE_METHODS", "linear", "task_arithmetic"]
+    assert merging.__all__ == [
+        "DEFAULTS",
+        "MERGE_METHODS",
+        "MergeSettings",
+        "MethodDefaults",
+        "dare_linear",
+        "dare_ties",
+        "kth_largest_magnitude",
+        "linear",
+        "settings_for",
+        "task_arithmetic",
+        "ties",
+        "trim_thresholds",
+        "tsv_m",
+    ]
     for module in (twin_merging_hf, modeling, hub_upload, merging):
         assert all(hasattr(module, name) for name in module.__all__)
 

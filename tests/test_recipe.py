@@ -31,7 +31,7 @@ def write(folder: Path, text: str | bytes) -> Path:
 def test_defaults_are_the_papers():
     recipe = parse_recipe(MINIMAL)
     assert recipe == Recipe(experts=(ExpertSpec("a", "folder/a"),))
-    assert (recipe.merge_method, recipe.scaling, recipe.normalize) == ("linear", 0.3, True)
+    assert (recipe.merge_method, recipe.scaling, recipe.density, recipe.normalize) == ("linear", None, None, None)
     assert recipe.exclusive == Exclusive("svd", 16, None, "float32")
     assert recipe.router.type == "auto" and recipe.router.rows == 1000
 
@@ -116,7 +116,17 @@ BAD = {
     "base not text": ({**MINIMAL, "base_model": 5}, ["base_model", "5"]),
     "base empty": ({**MINIMAL, "base_model": ""}, ["base_model"]),
     "shared not text": ({**MINIMAL, "shared_model": ["x"]}, ["shared_model"]),
-    "merge method": ({**MINIMAL, "merge_method": "ties"}, ["merge_method", "linear, task_arithmetic", "'ties'"]),
+    "merge method": (
+        {**MINIMAL, "merge_method": "slerp"},
+        ["merge_method", "linear, task_arithmetic, ties, dare_linear, dare_ties, tsv_m", "'slerp'"],
+    ),
+    "ties without base": ({**MINIMAL, "merge_method": "ties"}, ["merge_method: ties", "base_model"]),
+    "density of the mean": ({**MINIMAL, "parameters": {"density": 0.5}}, ["density", "linear", "ties, dare_linear"]),
+    "lambda of the mean": ({**MINIMAL, "parameters": {"lambda": 0.5}}, ["lambda", "linear", "task_arithmetic, ties"]),
+    "density zero": (two(merge_method="ties", parameters={"density": 0}), ["density", "above 0 and at most 1"]),
+    "density above one": (two(merge_method="ties", parameters={"density": 1.2}), ["density", "at most 1", "1.2"]),
+    "density true": (two(merge_method="ties", parameters={"density": True}), ["density", "number"]),
+    "normalize of tsv": (two(merge_method="tsv_m", parameters={"normalize": True}), ["normalize", "tsv_m"]),
     "merge method null": ({**MINIMAL, "merge_method": None}, ["merge_method", "linear"]),
     "both shared and merge": (
         {**MINIMAL, "base_model": "b", "shared_model": "base", "merge_method": "linear"},

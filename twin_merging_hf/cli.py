@@ -155,6 +155,36 @@ def _print_plan(plan, recipe: Path, out: Path) -> None:
 
 
 @app.command()
+def tune(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML); every expert needs `data`.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Tuned recipe to write; scores go beside it.")] = Path(
+        "tuned.yaml"
+    ),
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Choose lambda, density and rank on held-out rows, and write the recipe with them."""
+    from .progress import Progress
+    from .tuning import tune_recipe
+
+    with _errors(output):
+        tuning = tune_recipe(recipe, output, progress=Progress(quiet))
+        for title, candidates in (
+            ("merge, with each expert's own head", tuning.merge),
+            ("rank, task given", tuning.rank),
+        ):
+            if candidates:
+                typer.echo(f"{title}: share of the experts' own scores on held-out rows")
+            for candidate in candidates:
+                setting = ", ".join(f"{key} {value:g}" for key, value in candidate.setting.items())
+                typer.echo(f"  {setting:<26} {candidate.score:>7.2%}")
+        typer.echo("chosen: " + (", ".join(f"{key} {value:g}" for key, value in tuning.chosen.items()) or "nothing"))
+        for key, reason in tuning.left.items():
+            typer.echo(f"left as it was: {key}, because {reason}")
+        scores = output.with_suffix(".json")
+        typer.echo(f"\nwrote {output} and {scores}\nnext: twin-merging build {output} ARTIFACT")
+
+
+@app.command()
 def check(artifact: Annotated[Path, typer.Argument(help="Folder of an artifact.")]) -> None:
     """Tell whether an artifact is whole: config, tensors, model code, companion files."""
     from .artifact import check_artifact, inspect_artifact

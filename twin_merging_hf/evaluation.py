@@ -10,11 +10,10 @@ from transformers import PreTrainedModel
 
 from .checkpoints import Checkpoint
 from .inference import run_over
-from .merging import MERGE_METHODS
-from .merging.methods import MergeSettings
 from .preflight import Inputs
 from .processing import Processing
 from .recipe import Recipe
+from .shared_merge import merge_tensor
 
 
 def checkpoint_model(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -26,24 +25,38 @@ def static_merge(inputs: Inputs, expert: int, method: str, recipe: Recipe | None
     """
     A stock model of a statically merged backbone with one expert's own head, float32.
 
+    Several experts under one merge cost less by `merged_backbone` and `with_backbone`.
+
     Args:
         method: a merge method, or `base` for the base model's backbone.
+        recipe: whose weights, lambda, density and seed count, instead of the inputs' own.
+
+    Raises:
+        TwinMergingError: the method needs a base model, and there is none or it lacks a tensor.
     """
-    recipe = recipe or inputs.recipe
-    model = checkpoint_model(inputs.experts[expert])
-    settings = MergeSettings(tuple(e.weight for e in recipe.experts), recipe.scaling, recipe.normalize)
-    state = model.state_dict()
+    return with_backbone(inputs, expert, merged_backbone(inputs, method, recipe))
+
+
+def merged_backbone(inputs: Inputs, method: str, recipe: Recipe | None = None) -> dict[str, torch.Tensor]:
+    """Floating-point backbone tensors, float32, of a static merge; arguments and errors as of `static_merge`."""
+    merged = {}
     for name in inputs.experts[0].backbone:
-        if not state[name].is_floating_point():
+        if not inputs.experts[0].tensor(name).is_floating_point():
             continue
-        base = inputs.base.tensor(name).float() if inputs.base is not None else None
         if method == "base":
-            assert base is not None
-            merged = base
+            assert inputs.base is not None
+            merged[name] = inputs.base.tensor(name).float()
         else:
-            experts = torch.stack([checkpoint.tensor(name).float() for checkpoint in inputs.experts])
-            merged = MERGE_METHODS[method](experts, base, settings)
-        state[name].copy_(merged)
+            merged[name] = merge_tensor(inputs, name, method, recipe).float()
+    return merged
+
+
+def with_backbone(inputs: Inputs, expert: int, backbone: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """A stock model of one expert, head included, float32, whose backbone tensors are the given ones."""
+    model = checkpoint_model(inputs.experts[expert])
+    state = model.state_dict()
+    for name, value in backbone.items():
+        state[name].copy_(value)
     return model
 
 

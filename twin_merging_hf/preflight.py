@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ class Inputs:
     rows: list[ExpertRows] | None
     """Rows of each expert, if all have data."""
     notes: list[str]
+    thresholds: dict[tuple[float, torch.dtype], tuple[float, ...]] = field(default_factory=dict, repr=False)
+    """What TIES keeps of each expert, by density and type of computing; filled where it is needed first."""
 
     @property
     def kind(self) -> str:

@@ -11,9 +11,10 @@ import yaml
 from twin_merging_hf.modeling.configuration_twin_merging import ROUTER_PASSES, ROUTER_TYPES, check_expert_names
 
 from .errors import TwinMergingError
+from .merging import DEFAULTS
 
 
-MERGE_METHODS = ("linear", "task_arithmetic")
+MERGE_METHODS = tuple(DEFAULTS)
 EXCLUSIVE_METHODS = ("svd", "magnitude", "bernoulli")
 FACTOR_DTYPES = {
     "fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16", "int8": "int8", "int4": "int4",
@@ -22,6 +23,7 @@ _SIZES = ("rank", "ratio", "energy", "budget")
 COMPUTE_DTYPES = ("float32", "float64")
 OUT_DTYPES = ("float32", "bfloat16", "float16")
 BASE = "base"
+_FIELDS = {"lambda": "scaling", "density": "density", "normalize": "normalize"}
 
 
 @dataclass(frozen=True)
@@ -112,10 +114,12 @@ class Recipe:
     base_model: str | None = None
     shared_model: str | None = None
     merge_method: str = "linear"
-    scaling: float = 0.3
-    """`parameters.lambda`: the coefficient of task arithmetic (the paper's 0.3)."""
-    normalize: bool = True
-    """`linear`: divide the weights by their sum."""
+    scaling: float | None = None
+    """`parameters.lambda`; None: the merge method's default (`merging.DEFAULTS`), as for the next two."""
+    density: float | None = None
+    """`parameters.density`: the share of each task vector's entries that `ties` and `dare_*` keep."""
+    normalize: bool | None = None
+    """`parameters.normalize`: divide by the experts' weights."""
     exclusive: Exclusive = field(default_factory=Exclusive)
     router: RouterSettings = field(default_factory=RouterSettings)
     include: tuple[str, ...] = ()
@@ -181,14 +185,15 @@ def parse_recipe(content: Any, folder: Path = Path("."), text: str = "") -> Reci
         check_expert_names([expert.name for expert in experts])
     except ValueError as error:
         raise TwinMergingError(f"`experts`: {error}") from error
-    parameters = _mapping(_or(content.get("parameters"), {}), "`parameters`", ("lambda", "normalize"))
+    parameters = _mapping(_or(content.get("parameters"), {}), "`parameters`", ("lambda", "density", "normalize"))
     recipe = Recipe(
         experts=experts,
         base_model=_optional_text(content, "base_model"),
         shared_model=_optional_text(content, "shared_model"),
         merge_method=_choice(content, "merge_method", MERGE_METHODS, "linear"),
-        scaling=_number(parameters, "lambda", 0.3),
-        normalize=_flag(parameters, "normalize", True),
+        scaling=_number(parameters, "lambda", 0.0) if "lambda" in parameters else None,
+        density=_density(parameters),
+        normalize=_flag(parameters, "normalize", True) if "normalize" in parameters else None,
         exclusive=_exclusive(content.get("exclusive")),
         router=_router(content.get("router")),
         include=_patterns(content, "include"),
@@ -209,10 +214,7 @@ def _check_together(recipe: Recipe, content: dict) -> None:
         raise TwinMergingError("give either `shared_model` or `merge_method`, not both")
     if recipe.base_model is None and recipe.shared_model == BASE:
         raise TwinMergingError("`shared_model: base` needs `base_model`")
-    if recipe.base_model is None and recipe.merge_method == "task_arithmetic" and not recipe.shared_model:
-        raise TwinMergingError("`merge_method: task_arithmetic` needs `base_model`")
-    if recipe.merge_method == "linear" and recipe.normalize and sum(e.weight for e in recipe.experts) == 0:
-        raise TwinMergingError("the experts' `parameters.weight` sum to 0, so `linear` cannot normalise them")
+    _check_merge(recipe)
     without = [expert.name for expert in recipe.experts if expert.data is None]
     if recipe.router.type not in ("auto", "projection") and without:
         raise TwinMergingError(
@@ -230,6 +232,33 @@ def _check_together(recipe: Recipe, content: dict) -> None:
         raise TwinMergingError("`projection` reads one state: give one `router.layer`")
     if recipe.router.type == "projection" and recipe.router.router_pass == "full":
         raise TwinMergingError("`router.pass: full` is not possible with `projection`, which reads a layer's input")
+
+
+def _check_merge(recipe: Recipe) -> None:
+    method, defaults = recipe.merge_method, DEFAULTS[recipe.merge_method]
+    if recipe.base_model is None and defaults.needs_base and not recipe.shared_model:
+        raise TwinMergingError(f"`merge_method: {method}` needs `base_model`")
+    given = {"lambda": recipe.scaling, "density": recipe.density, "normalize": recipe.normalize}
+    known = {"lambda": defaults.scaling, "density": defaults.density, "normalize": defaults.normalize}
+    for key, value in given.items():
+        if value is not None and known[key] is None:
+            have = ", ".join(name for name, default in DEFAULTS.items() if getattr(default, _FIELDS[key]) is not None)
+            raise TwinMergingError(
+                f"`parameters.{key}` has no meaning with `merge_method: {method}`, only with {have}; remove it"
+            )
+    normalises = defaults.normalize if recipe.normalize is None else recipe.normalize
+    by_sum = method in ("linear", "task_arithmetic", "dare_linear")
+    if normalises and by_sum and sum(expert.weight for expert in recipe.experts) == 0:
+        raise TwinMergingError(f"the experts' `parameters.weight` sum to 0, so `{method}` cannot normalise them")
+
+
+def _density(parameters: dict) -> float | None:
+    if "density" not in parameters:
+        return None
+    value = _number(parameters, "density", 1.0)
+    if not 0 < value <= 1:
+        raise TwinMergingError(f"`parameters.density` must be above 0 and at most 1, got {value!r}")
+    return value
 
 
 def _expert(raw: Any, index: int, folder: Path) -> ExpertSpec:

@@ -19,10 +19,9 @@ from .checkpoints import Checkpoint
 from .compression import FIRST_CAP, Spectrum, rank_for_energy, spectrum
 from .errors import TwinMergingError
 from .exclusive import Stored, direction_bytes, store_entries, store_factors
-from .merging import MERGE_METHODS
-from .merging.methods import MergeSettings
 from .preflight import Inputs, uncovered
 from .recipe import Recipe
+from .shared_merge import merge_tensor
 
 
 @dataclass
@@ -173,21 +172,11 @@ def planned_bytes(inputs: Inputs) -> PlannedBytes:
 
 
 def _shared_tensor(name: str, experts: list[torch.Tensor], inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:
-    recipe = inputs.recipe
     if not experts[0].is_floating_point():
         return experts[0]
     if inputs.shared is not None:
         return inputs.shared.tensor(name).to(dtype)
-    same = all(torch.equal(expert, experts[0]) for expert in experts[1:])
-    if same and recipe.merge_method == "linear" and recipe.normalize:
-        return experts[0].to(dtype)  # a mean would round, and leave deltas of nothing but rounding
-    compute = getattr(torch, recipe.dtype)
-    base = None
-    if recipe.merge_method != "linear" and inputs.base is not None:
-        base = inputs.base.tensor(name).to(compute)
-    settings = MergeSettings(tuple(e.weight for e in recipe.experts), recipe.scaling, recipe.normalize)
-    merged = MERGE_METHODS[recipe.merge_method](torch.stack([e.to(compute) for e in experts]), base, settings)
-    return merged.to(dtype).contiguous()
+    return merge_tensor(inputs, name, experts=experts).to(dtype).contiguous()
 
 
 def _needs_compression(

@@ -27,6 +27,7 @@ from twin_merging_hf.pictures import draw_confusion, draw_scores
 from twin_merging_hf.preflight import Inputs, preflight
 from twin_merging_hf.progress import Progress
 from twin_merging_hf.recipe import load_recipe
+from twin_merging_hf.shared_merge import merge_settings
 from twin_merging_hf.verdict import describe
 
 
@@ -171,7 +172,7 @@ def score_all(
     titles = {
         "base": "pretrained",
         "linear": "mean of the experts",
-        "task_arithmetic": f"task arithmetic ({inputs.recipe.scaling:g})",
+        "task_arithmetic": f"task arithmetic ({merge_settings(inputs.recipe, 'task_arithmetic').scaling:g})",
         "routed": "artifact, routed by itself",
         "given": "artifact, task given",
         "expert": "each task's own expert",

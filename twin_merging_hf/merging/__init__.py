@@ -1,6 +1,26 @@
 """Static merges of one parameter: how the shared model is made."""
 
-from .methods import MERGE_METHODS, linear, task_arithmetic
+from .dare import dare_linear, dare_ties
+from .methods import DEFAULTS, MERGE_METHODS
+from .selection import kth_largest_magnitude, trim_thresholds
+from .settings import MergeSettings, MethodDefaults, settings_for
+from .sums import linear, task_arithmetic
+from .ties import ties
+from .tsv import tsv_m
 
 
-__all__ = ["MERGE_METHODS", "linear", "task_arithmetic"]
+__all__ = [
+    "DEFAULTS",
+    "MERGE_METHODS",
+    "MergeSettings",
+    "MethodDefaults",
+    "dare_linear",
+    "dare_ties",
+    "kth_largest_magnitude",
+    "linear",
+    "settings_for",
+    "task_arithmetic",
+    "ties",
+    "trim_thresholds",
+    "tsv_m",
+]

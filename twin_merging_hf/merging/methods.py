@@ -1,42 +1,37 @@
 """
-Merge methods, one parameter at a time.
+The table of merge methods.
 
 Each takes the experts' tensors stacked as [expert, *shape], the base's tensor (or None) and `MergeSettings`, and
 returns the shared tensor.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
-
-@dataclass(frozen=True)
-class MergeSettings:
-    """Coefficients of a merge: one weight for each expert, `lambda`, and whether weights are normalised."""
-
-    weights: tuple[float, ...]
-    scaling: float = 0.3
-    normalize: bool = True
-
-
-def linear(experts: torch.Tensor, base: torch.Tensor | None, settings: MergeSettings) -> torch.Tensor:
-    """Weighted mean sum_t a_t theta_t; with `normalize`, the weights are divided by their sum (Wortsman et al. 2022)."""
-    weights = torch.tensor(settings.weights, dtype=experts.dtype)
-    if settings.normalize:
-        weights = weights / weights.sum()
-    return torch.tensordot(weights, experts, dims=1)
-
-
-def task_arithmetic(experts: torch.Tensor, base: torch.Tensor | None, settings: MergeSettings) -> torch.Tensor:
-    """theta_0 + lambda sum_t a_t (theta_t - theta_0) (Ilharco et al. 2023; Twin-Merging's shared expert)."""
-    if base is None:
-        raise ValueError("task arithmetic needs the base model's tensor")
-    weights = torch.tensor(settings.weights, dtype=experts.dtype)
-    return base + settings.scaling * torch.tensordot(weights, experts - base, dims=1)
+from .dare import dare_linear, dare_ties
+from .settings import MergeSettings, MethodDefaults
+from .sums import linear, task_arithmetic
+from .ties import ties
+from .tsv import tsv_m
 
 
 MERGE_METHODS: dict[str, Callable[[torch.Tensor, torch.Tensor | None, MergeSettings], torch.Tensor]] = {
     "linear": linear,
     "task_arithmetic": task_arithmetic,
+    "ties": ties,
+    "dare_linear": dare_linear,
+    "dare_ties": dare_ties,
+    "tsv_m": tsv_m,
+}
+
+# Task arithmetic: 0.3 as in Twin-Merging. TIES: lambda 1, top 20 % (its section 5 without validation data). DARE: its
+# merges are task arithmetic's and TIES' own, its authors' code drops a tenth. TSV-M: lambda 1 (no tuning needed).
+DEFAULTS: dict[str, MethodDefaults] = {
+    "linear": MethodDefaults(needs_base=False, scaling=None, density=None, normalize=True),
+    "task_arithmetic": MethodDefaults(needs_base=True, scaling=0.3, density=None, normalize=False),
+    "ties": MethodDefaults(needs_base=True, scaling=1.0, density=0.2, normalize=True),
+    "dare_linear": MethodDefaults(needs_base=True, scaling=0.3, density=0.9, normalize=False),
+    "dare_ties": MethodDefaults(needs_base=True, scaling=1.0, density=0.9, normalize=True),
+    "tsv_m": MethodDefaults(needs_base=True, scaling=1.0, density=None, normalize=None),
 }
