@@ -101,7 +101,7 @@ def build_artifact(recipe: Recipe | str | Path, out: str | Path, progress: Progr
     progress.say("checking recipe, checkpoints and data")
     inputs = preflight(recipe, progress.say)
     try:
-        with staged(out) as folder, _no_loading_bars():
+        with staged(out) as folder, no_loading_bars():
             report, verdict = _build_into(folder, inputs, progress)
     finally:
         inputs.close()
@@ -185,9 +185,14 @@ def _save(model: Any, folder: Path, inputs: Inputs) -> None:
         inputs.processing.processor.save_pretrained(folder)
     (folder / LAYOUT.recipe).write_text(inputs.recipe.text, encoding="utf-8")
     companions = {path.name for path in folder.iterdir()} | {LAYOUT.report, LAYOUT.card}
-    if inputs.rows is not None and _can_draw():
+    if inputs.rows is not None and can_draw():
         companions.add(LAYOUT.confusion)
     model.config.provenance["companions"] = sorted(companions)
+    save_weights(model, folder)
+
+
+def save_weights(model: Any, folder: Path) -> None:
+    """Write weights and model code, and no config yet."""
     parts = folder / "parts"
     model.save_pretrained(parts)
     (parts / LAYOUT.config).unlink()  # written again at the end: until then, nothing here shall load
@@ -196,7 +201,8 @@ def _save(model: Any, folder: Path, inputs: Inputs) -> None:
     parts.rmdir()
 
 
-def _can_draw() -> bool:
+def can_draw() -> bool:
+    """Whether pictures can be drawn here."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
@@ -209,14 +215,22 @@ def _provenance(inputs: Inputs) -> dict:
     return {
         "recipe_sha256": hashlib.sha256(recipe.text.encode()).hexdigest(),
         "seed": recipe.seed,
-        "sources": {
-            name: {"model": c.source, "from_hub": c.from_hub, "sha256": _fingerprint(c)} for name, c in sources.items()
-        },
-        "versions": {
-            "twin-merging-hf": __version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-        },
+        "sources": {name: source_of(checkpoint) for name, checkpoint in sources.items()},
+        "versions": versions(),
+    }
+
+
+def source_of(checkpoint: Checkpoint) -> dict:
+    """Where a checkpoint came from, and the digest of its weights, for `provenance`."""
+    return {"model": checkpoint.source, "from_hub": checkpoint.from_hub, "sha256": _fingerprint(checkpoint)}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made an artifact."""
+    return {
+        "twin-merging-hf": __version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
     }
 
 
@@ -239,13 +253,13 @@ def _report(folder, config, separation, inputs, router, difference, verdict) -> 
         "router": asdict(router) if router else {"type": config.router_type, "held_out_rows": 0},
         "probe": {"largest_relative_difference": float(f"{difference:.1e}")},
         "verdict": asdict(verdict),
-        "data": _data_report(inputs),
+        "data": data_report(inputs),
         "notes": inputs.notes,
         "tensors": separation.coverage,
     }
 
 
-def _data_report(inputs: Inputs) -> dict:
+def data_report(inputs: Inputs) -> dict:
     """Counts and digests of the rows that the build used, so that an evaluation can refuse to score them."""
     report = {}
     for name, rows in zip(inputs.recipe.names, inputs.rows or [], strict=bool(inputs.rows)):
@@ -264,7 +278,7 @@ def _row_digest(row: dict) -> str:
 
 
 @contextmanager
-def _no_loading_bars() -> Iterator[None]:
+def no_loading_bars() -> Iterator[None]:
     """Hide the bars of Transformers' own loading and saving, which say nothing beside the build's."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
