@@ -48,7 +48,23 @@ ALLOWED: dict[str, set[str]] = {
     "demo": {
         "artifact", "builder", "data", "errors", "evaluation", "pictures", "preflight", "progress", "recipe", "verdict",
     },
-    "cli": {"_version", "artifact", "builder", "demo", "errors", "progress", "starter", "verdict"},
+    "grouping": {"errors", "evaluation", "inference", "modeling", "probe", "processing"},
+    "stacking": {"artifact", "errors", "modeling", "separation"},
+    "drift": {"preflight", "separation"},
+    "edit_recipe": {"errors", "recipe"},
+    "edit_router": {
+        "build_router", "checkpoints", "errors", "inference", "modeling", "preflight", "router_training", "separation",
+    },
+    "built": {"artifact", "builder", "checkpoints", "errors", "modeling", "stacking"},
+    "edit_output": {
+        "artifact", "builder", "built", "drift", "errors", "hub_upload", "modeling", "pictures", "preflight", "probe",
+        "progress", "recipe", "router_training", "stacking", "verdict",
+    },
+    "editing": {
+        "artifact", "build_router", "built", "checkpoints", "drift", "edit_output", "edit_recipe", "edit_router", "errors",
+        "modeling", "preflight", "processing", "progress", "recipe", "separation", "stacking", "verdict",
+    },
+    "cli": {"_version", "artifact", "builder", "demo", "editing", "errors", "progress", "starter", "verdict"},
     "__init__": {"_version", "errors", "modeling"},
 }  # fmt: skip
 TRAVELS_WITH = {"torch", "transformers", "safetensors", *sys.stdlib_module_names}

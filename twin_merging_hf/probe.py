@@ -146,3 +146,10 @@ def _expected_row(model, config, tensors, weights, single) -> torch.Tensor:
         share = 1.0 if space.kind == "union" else float(prior[t])
         expected[space.columns(t)] += share * own
     return expected
+
+
+def dense_delta(
+    config: TwinMergingConfig, tensors: dict[str, torch.Tensor], weights: torch.Tensor, name: str, shape: torch.Size
+) -> torch.Tensor:
+    """What weights [expert] add to a parameter of the shared task model, float32; a zero where it has no delta."""
+    return _dense_delta(config, tensors, weights, name, shape)
