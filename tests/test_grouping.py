@@ -145,7 +145,7 @@ def test_as_many_groups_as_rows_change_no_answer_and_one_group_does(world, kind,
 
 def test_rows_padded_on_the_left_get_the_same_answers(world, rows, processing, kind):
     if kind == "vit":
-        return
+        pytest.skip("pictures have no padding")
     model = world.model(kind)
     right = grouping.answer_in_groups(model, rows, processing, 3)
     processing.processor.padding_side = "left"

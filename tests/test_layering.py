@@ -55,14 +55,10 @@ ALLOWED: dict[str, set[str]] = {
     "edit_router": {
         "build_router", "checkpoints", "errors", "inference", "modeling", "preflight", "router_training", "separation",
     },
-    "built": {"artifact", "builder", "checkpoints", "errors", "modeling", "stacking"},
-    "edit_output": {
-        "artifact", "builder", "built", "drift", "errors", "hub_upload", "modeling", "pictures", "preflight", "probe",
-        "progress", "recipe", "router_training", "stacking", "verdict",
-    },
     "editing": {
-        "artifact", "build_router", "built", "checkpoints", "drift", "edit_output", "edit_recipe", "edit_router", "errors",
-        "modeling", "preflight", "processing", "progress", "recipe", "separation", "stacking", "verdict",
+        "artifact", "build_router", "builder", "checkpoints", "drift", "edit_recipe", "edit_router", "errors", "hub_upload",
+        "modeling", "pictures", "preflight", "probe", "processing", "progress", "recipe", "router_training", "separation",
+        "stacking", "verdict",
     },
     "cli": {"_version", "artifact", "builder", "demo", "editing", "errors", "progress", "starter", "verdict"},
     "__init__": {"_version", "errors", "modeling"},

@@ -195,6 +195,8 @@ def _with_item(old: dict | None, new: dict | None, position: int, count: int) ->
         lists = {key: [nothing_yet.get(key, 0)] * count for key, value in new.items() if isinstance(value, list)}
         old = {**new, **lists}
     merged = dict(old)
+    if new["treatment"] in ("factored", "exact"):
+        merged["treatment"] = new["treatment"]
     for key, value in old.items():
         if isinstance(value, list) and len(value) == count and len(new.get(key, [])) == 1:
             merged[key] = [*value[:position], *new[key], *value[position:]]
@@ -221,4 +223,4 @@ def trimmed(separation: Separation, ranks: dict[str, int]) -> Separation:
             "ranks": [short],
             "energy_kept": [round(value * share, 6) for value in entry["energy_kept"]],
         }
-    return Separation(state, kept, list(separation.exact), coverage)
+    return replace(separation, state=state, ranks=kept, coverage=coverage)
