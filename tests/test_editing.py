@@ -366,7 +366,7 @@ def test_the_commands(bench, tmp_path):
     assert "5 c/n" in text and "full rebuild" in text and "router accuracy" in text
     text = call("remove-expert", tmp_path / "more", "b", tmp_path / "less", "-q")
     assert "moved: c/n was 5 and is 2" in text and "no --recipe" in text
-    text = call("replace-expert", tmp_path / "less", "a", tmp_path / "other", *options)
+    text = call("replace-expert", tmp_path / "more", "a", tmp_path / "other", *options)
     assert "0 a/m" in text and "1 a/n" in text
     for name in ("more", "less", "other"):
         assert "is whole" in call("check", tmp_path / name)
