@@ -95,6 +95,8 @@ def _routing(config: TwinMergingConfig, report: dict) -> str:
         text += "|---" * (len(names) + 1) + "|\n"
         for name, row in zip(names, router["confusion"], strict=True):
             text += f"| {_cell(name)} | " + " | ".join(str(count) for count in row) + " |\n"
+    elif "stale" in router:
+        text += f" Its accuracy was {router['stale']}."
     else:
         text += " It was built from the experts' weights alone; its accuracy was not measured."
     return text.strip()
@@ -103,7 +105,8 @@ def _routing(config: TwinMergingConfig, report: dict) -> str:
 def _verdict(report: dict) -> str:
     verdict = report["verdict"]
     if verdict["agreement"] is None:
-        return "Not measured: the recipe gave no data."
+        stale = verdict.get("stale")
+        return f"{stale.capitalize()}." if stale else "Not measured: the recipe gave no data."
     lines = [
         "Agreement with each expert's own answers on held-out rows (share of equal labels, of equal tags where "
         "tokens are tagged; Pearson correlation for a regression): left to itself, and with the expert given.",

@@ -15,7 +15,9 @@ from twin_merging_hf.cli import app
 from twin_merging_hf.recipe import load_recipe
 
 
-COMMANDS = ("init", "build", "tune", "check", "inspect", "evaluate", "demo")
+COMMANDS = (
+    "init", "build", "tune", "check", "inspect", "evaluate", "add-expert", "remove-expert", "replace-expert", "demo",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +46,7 @@ def call(*args, code: int = 0):
 def test_help_lists_every_command():
     text = call("--help").output
     assert all(command in text for command in COMMANDS)
-    assert {command.callback.__name__ for command in app.registered_commands} == set(COMMANDS)
+    assert {command.name or command.callback.__name__ for command in app.registered_commands} == set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

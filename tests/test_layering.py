@@ -61,8 +61,8 @@ ALLOWED: dict[str, set[str]] = {
         "router_training", "separation",
     },
     "builder": {
-        "_version", "artifact", "build_router", "errors", "hub_upload", "modeling", "pictures", "preflight", "probe",
-        "progress", "recipe", "row_hashes", "separation", "verdict",
+        "_version", "artifact", "build_router", "checkpoints", "errors", "hub_upload", "modeling", "pictures", "preflight",
+        "probe", "progress", "recipe", "row_hashes", "separation", "verdict",
     },
     "tuned_recipe": {"errors", "recipe"},
     "tuning": {
@@ -73,9 +73,21 @@ ALLOWED: dict[str, set[str]] = {
         "artifact", "builder", "data", "errors", "evaluation", "pictures", "preflight", "progress", "recipe",
         "shared_merge", "verdict",
     },
+    "grouping": {"errors", "evaluation", "inference", "modeling", "probe", "processing"},
+    "stacking": {"artifact", "errors", "modeling", "separation"},
+    "drift": {"preflight", "separation"},
+    "edit_recipe": {"errors", "recipe"},
+    "edit_router": {
+        "build_router", "checkpoints", "errors", "inference", "modeling", "preflight", "router_training", "separation",
+    },
+    "editing": {
+        "artifact", "build_router", "builder", "checkpoints", "drift", "edit_recipe", "edit_router", "errors", "hub_upload",
+        "modeling", "pictures", "preflight", "probe", "processing", "progress", "recipe", "router_training", "separation",
+        "stacking", "verdict",
+    },
     "cli": {
-        "_version", "artifact", "builder", "demo", "errors", "evaluate_artifact", "evaluate_table", "progress", "starter",
-        "tuning", "verdict",
+        "_version", "artifact", "builder", "demo", "editing", "errors", "evaluate_artifact", "evaluate_table", "progress",
+        "starter", "tuning", "verdict",
     },
     "__init__": {"_version", "errors", "modeling"},
 }  # fmt: skip

@@ -19,6 +19,7 @@ from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
 from ._version import __version__
 from .artifact import LAYOUT, Storage, check_files, refuse_existing, staged, storage, write_json
 from .build_router import make_router, router_type
+from .checkpoints import Checkpoint
 from .errors import TwinMergingError
 from .pictures import draw_confusion
 from .preflight import Inputs, preflight
@@ -180,9 +181,14 @@ def _save(model: Any, folder: Path, inputs: Inputs) -> None:
     if hashes:
         write_hashes(folder / LAYOUT.rows, hashes)
     companions = {path.name for path in folder.iterdir()} | {LAYOUT.report, LAYOUT.card}
-    if inputs.rows is not None and _can_draw():
+    if inputs.rows is not None and can_draw():
         companions.add(LAYOUT.confusion)
     model.config.provenance["companions"] = sorted(companions)
+    save_weights(model, folder)
+
+
+def save_weights(model: Any, folder: Path) -> None:
+    """Write weights and model code, and no config yet."""
     parts = folder / "parts"
     model.save_pretrained(parts)
     (parts / LAYOUT.config).unlink()  # written again at the end: until then, nothing here shall load
@@ -191,7 +197,8 @@ def _save(model: Any, folder: Path, inputs: Inputs) -> None:
     parts.rmdir()
 
 
-def _can_draw() -> bool:
+def can_draw() -> bool:
+    """Whether pictures can be drawn here."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
@@ -204,14 +211,22 @@ def _provenance(inputs: Inputs) -> dict:
     return {
         "recipe_sha256": hashlib.sha256(recipe.text.encode()).hexdigest(),
         "seed": recipe.seed,
-        "sources": {
-            name: {"model": c.source, "from_hub": c.from_hub, "sha256": c.fingerprint()} for name, c in sources.items()
-        },
-        "versions": {
-            "twin-merging-hf": __version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-        },
+        "sources": {name: source_of(checkpoint) for name, checkpoint in sources.items()},
+        "versions": versions(),
+    }
+
+
+def source_of(checkpoint: Checkpoint) -> dict:
+    """Where a checkpoint came from, and the digest of its weights, for `provenance`."""
+    return {"model": checkpoint.source, "from_hub": checkpoint.from_hub, "sha256": checkpoint.fingerprint()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made an artifact."""
+    return {
+        "twin-merging-hf": __version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
     }
 
 
@@ -225,13 +240,13 @@ def _report(folder, config, separation, inputs, router, difference, verdict) -> 
         "router": asdict(router) if router else {"type": config.router_type, "held_out_rows": 0},
         "probe": {"largest_relative_difference": float(f"{difference:.1e}")},
         "verdict": asdict(verdict),
-        "data": _data_report(inputs),
+        "data": data_report(inputs),
         "notes": inputs.notes,
         "tensors": separation.coverage,
     }
 
 
-def _data_report(inputs: Inputs) -> dict:
+def data_report(inputs: Inputs) -> dict:
     """Counts and digests of the rows that the build used (rows.json has each row's), and means of regression labels."""
     report = {}
     for entry, rows in zip(inputs.entries, inputs.rows or [], strict=bool(inputs.rows)):

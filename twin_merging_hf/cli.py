@@ -234,6 +234,92 @@ def inspect(
         typer.echo(f"size: {size['total'] / 1e6:.2f} MB ({parts}), {size['ratio']} times the shared backbone")
 
 
+_ARTIFACT = Annotated[Path, typer.Argument(help="Folder of an artifact; it stays as it is.")]
+_OUT = Annotated[Path, typer.Argument(help="Folder of the new artifact; must not exist.")]
+_MODEL = Annotated[str, typer.Option(help="The expert's checkpoint: a folder or a Hub id (id@revision).")]
+_DATA = Annotated[Path | None, typer.Option(help="JSONL file with rows of the expert, for the router.")]
+_LABELS = Annotated[str | None, typer.Option(help="New label names, in id order, with commas between.")]
+_RECIPE = Annotated[
+    Path | None, typer.Option(help="Recipe with models and `data` of the other experts, matched by name.")
+]
+_QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+@app.command(name="add-expert")
+def add_expert(
+    artifact: _ARTIFACT,
+    out: _OUT,
+    name: Annotated[str, typer.Option(help="The new expert's name.")],
+    model: _MODEL,
+    data: _DATA = None,
+    labels: _LABELS = None,
+    recipe: _RECIPE = None,
+    quiet: _QUIET = False,
+) -> None:
+    """Write a new artifact with one more expert; all others, and the shared model, keep every byte."""
+    from . import editing
+    from .progress import Progress
+
+    with _errors(out):
+        newcomer = editing.Newcomer(name, model, data, _label_names(labels))
+        _print_edit(editing.add_expert(artifact, out, newcomer, recipe, Progress(quiet)), out)
+
+
+@app.command(name="remove-expert")
+def remove_expert(
+    artifact: _ARTIFACT,
+    name: Annotated[str, typer.Argument(help="The expert's name.")],
+    out: _OUT,
+    recipe: _RECIPE = None,
+    quiet: _QUIET = False,
+) -> None:
+    """Write a new artifact without one expert; all others, and the shared model, keep every byte."""
+    from . import editing
+    from .progress import Progress
+
+    with _errors(out):
+        _print_edit(editing.remove_expert(artifact, name, out, recipe, Progress(quiet)), out)
+
+
+@app.command(name="replace-expert")
+def replace_expert(
+    artifact: _ARTIFACT,
+    name: Annotated[str, typer.Argument(help="The expert's name; it stays.")],
+    out: _OUT,
+    model: _MODEL,
+    data: _DATA = None,
+    labels: _LABELS = None,
+    recipe: _RECIPE = None,
+    quiet: _QUIET = False,
+) -> None:
+    """Write a new artifact with another checkpoint in an expert's place; all others keep every byte."""
+    from . import editing
+    from .progress import Progress
+
+    with _errors(out):
+        newcomer = editing.Newcomer(name, model, data, _label_names(labels))
+        _print_edit(editing.replace_expert(artifact, out, newcomer, recipe, Progress(quiet)), out)
+
+
+def _label_names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(label.strip() for label in text.split(","))
+
+
+def _print_edit(result, out: Path) -> None:
+    from .editing import describe_edit
+    from .verdict import describe
+
+    for line in describe_edit(result):
+        typer.echo(line)
+    if result.verdict.agreement is not None:
+        typer.echo("\nVerdict")
+        for line in describe(result.verdict):
+            typer.echo(f"  {line}")
+    for note in result.report["edits"][-1]["notes"]:
+        typer.echo(f"  note: {note}")
+    typer.echo(f"\nwrote {out}\nnext: twin-merging check {out}")
+
+
 @app.command()
 def evaluate(
     artifact: Annotated[Path, typer.Argument(help="Folder of an artifact.")],

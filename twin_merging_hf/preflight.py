@@ -379,3 +379,44 @@ def uncovered(checkpoint: Checkpoint, names: list[str]) -> list[str]:
         if not holders or any(delta_rule(owner, attribute, parameter) is None for owner, attribute in holders):
             found.append(name)
     return found
+
+
+def check_newcomer(recipe: Recipe, newcomer: ExpertSpec, built: Checkpoint) -> Inputs:
+    """
+    Open one expert that joins a finished artifact, and compare it with the artifact's shared model.
+
+    Args:
+        recipe: the artifact's settings.
+        built: the artifact's shared model.
+
+    Returns:
+        Inputs of the new expert alone, from the ready shared model `built`; without rows.
+
+    Raises:
+        TwinMergingError: lists every problem found.
+    """
+    problems: list[str] = []
+    notes: list[str] = []
+    new = open_checkpoint(newcomer.model, recipe.folder, f"expert {newcomer.name!r}")
+    if new.task_class is not built.task_class:
+        raise TwinMergingError(
+            f"{new.role} is a {new.task_class.__name__}, but {built.role} is made of {built.task_class.__name__}s; all "
+            "experts must be of one class"
+        )
+    problems += compare_backbones(new, built)
+    entry = _attempt(problems, _entry, new, newcomer)
+    processing = _attempt(problems, _common_processing, [built, new], recipe, problems, notes)
+    _raise(problems)
+    bad = new.find_not_finite()
+    if bad is not None:
+        raise TwinMergingError(f"{new.role}: tensor {bad!r} holds NaN or infinity; train or save it again")
+    alone = replace(recipe, experts=(newcomer,))
+    _check_covered(alone, [new, built], built)
+    return Inputs(alone, [new], None, built, [entry], processing, None, [*notes, *_label_notes([entry])])
+
+
+def read_all_rows(
+    recipe: Recipe, entries: list[dict], kind: str, processing: Processing | None
+) -> list[ExpertRows] | None:
+    """Rows of every expert, split as a build splits them; None unless all have data. Raises `TwinMergingError`."""
+    return _rows(recipe, entries, kind, processing)

@@ -63,14 +63,17 @@ def dense_model(
         if module is not None:
             state[name] = tensors[f"shared.{module}.heads.{head}.{name.removeprefix(f'{module}.')}"].float()
         else:
-            state[name] = tensors[f"shared.{name}"].float() + _dense_delta(
+            state[name] = tensors[f"shared.{name}"].float() + dense_delta(
                 config, tensors, weights, name, parameter.shape
             )
     model.load_state_dict(state)
     return model
 
 
-def _dense_delta(config, tensors, weights, name, shape) -> torch.Tensor:
+def dense_delta(
+    config: TwinMergingConfig, tensors: dict[str, torch.Tensor], weights: torch.Tensor, name: str, shape: torch.Size
+) -> torch.Tensor:
+    """What weights [expert] add to a parameter of the shared task model, float32; a zero where it has no delta."""
     if name in config.exact_deltas:
         return torch.tensordot(weights, tensors[exact_key(name)].float(), dims=1)
     if name in config.sparse_deltas:

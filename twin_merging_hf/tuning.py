@@ -1,12 +1,9 @@
 """`tune`: choose merge coefficients and rank on held-out rows. Test rows are never read."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from twin_merging_hf.modeling.deltas_twin_merging import is_vector
 
@@ -15,7 +12,7 @@ from .errors import TwinMergingError
 from .evaluation import accuracy, checkpoint_model, merged_backbone, model_outputs, pearson, with_backbone
 from .merging import DEFAULTS
 from .preflight import Inputs, preflight
-from .progress import Progress
+from .progress import Progress, no_loading_bars
 from .recipe import Recipe, load_recipe
 from .separation import as_matrix, matrix_shape, model_dtype
 from .shared_merge import merge_settings
@@ -89,7 +86,7 @@ def tune_recipe(
     progress.say("checking recipe, checkpoints and data")
     inputs = preflight(recipe, progress.say)
     try:
-        with _no_loading_bars():
+        with no_loading_bars():
             tuning = _tune(inputs, grids, progress)
     finally:
         inputs.close()
@@ -234,14 +231,3 @@ def _split(inputs: Inputs, index: int, shared: dict[str, torch.Tensor], rank: in
         u, s, vh = truncated_svd(as_matrix(own - origin), rank, f"{recipe.seed}:{recipe.names[index]}:{name}")
         factors[name] = (u * s, vh)
     return exact, factors
-
-
-@contextmanager
-def _no_loading_bars() -> Iterator[None]:
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
