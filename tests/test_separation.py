@@ -370,7 +370,7 @@ def test_a_budget_too_small_for_the_vectors_says_what_would_do(world):
         split(world.experts("bert"), "small.yaml", exclusive={"budget": 0.001})
 
 
-def test_what_a_budget_gives_nothing_is_reported_and_builds(world, tmp_path):
+def test_what_a_budget_gives_nothing_is_reported(world):
     folder = world.experts("bert")
     recipe = {"exclusive": {"budget": 0.13, "dtype": "int4"}}
     result, inputs = split(folder, "tight.yaml", **recipe)
