@@ -46,7 +46,8 @@ class TwinMergingConfig(PreTrainedConfig):
         layers_path (`str`):
             Path, inside the task model, of the list of layers that the router counts.
         experts (`list[dict]`):
-            One `{"name", "labels", "problem_type", ...}` for each expert, in order.
+            One `{"name", "labels", "problem_type", ...}` for each expert, in order; with a `temperature`, the expert's
+            outputs are divided by it before they become probabilities.
         ranks (`dict[str, list[int]]`):
             For each factored parameter of the task model, the rank of each expert's delta.
         exact_deltas (`list[str]`):
@@ -186,6 +187,9 @@ class TwinMergingConfig(PreTrainedConfig):
                     f"expert {expert['name']!r}: `problem_type` must be one of {', '.join(PROBLEM_TYPES)}, "
                     f"got {expert.get('problem_type')!r}"
                 )
+            temperature = expert.get("temperature", 1.0)
+            if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not temperature > 0:
+                raise ValueError(f"expert {expert['name']!r}: `temperature` must be positive, got {temperature!r}")
         self._validate_deltas()
         self._validate_router()
 

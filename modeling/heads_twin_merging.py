@@ -22,6 +22,8 @@ class LabelSpace:
     orders: for each expert, the order that brings its outputs to `labels` (`same`), or the column of each of its own
         labels (`tags`).
     regression: for each expert, whether it is a regression.
+    temperatures: what each expert's outputs are divided by before they become probabilities in `logits`; 1 unless the
+        expert was found too sure of itself on held-out rows (its config entry's `temperature`).
     """
 
     kind: str
@@ -29,6 +31,7 @@ class LabelSpace:
     spans: tuple
     orders: tuple
     regression: tuple
+    temperatures: tuple
 
     @classmethod
     def of(cls, experts: list) -> "LabelSpace":
@@ -57,7 +60,8 @@ class LabelSpace:
         else:
             kind = "union"
             labels = tuple(f"{expert['name']}/{label}" for expert in experts for label in expert["labels"])
-        return cls(kind, labels, tuple(spans), orders, regression)
+        temperatures = tuple(float(expert.get("temperature", 1.0)) for expert in experts)
+        return cls(kind, labels, tuple(spans), orders, regression, temperatures)
 
     def columns(self, expert: int) -> list:
         """Columns of `logits` that an expert's own outputs, in its own label order, stand in."""
@@ -96,7 +100,7 @@ class LabelSpace:
         log_prior = prior.clamp(min=torch.finfo(torch.float32).tiny).log()
         if self.kind == "same":
             blocks = [block[..., list(order)] for block, order in zip(blocks, self.orders, strict=True)]
-            terms = [block.log_softmax(-1) + log_prior[..., t : t + 1] for t, block in enumerate(blocks)]
+            terms = [self._log_probability(block, t, log_prior) for t, block in enumerate(blocks)]
             logits = torch.stack(terms).logsumexp(dim=0)
             expert_logits = torch.stack([block * prior[..., t : t + 1] for t, block in enumerate(blocks)]).sum(dim=0)
         else:
@@ -109,6 +113,8 @@ class LabelSpace:
     def _log_probability(self, block: torch.Tensor, t: int, log_prior: torch.Tensor) -> torch.Tensor:
         if self.regression[t]:
             return log_prior[..., t : t + 1]
+        # Not dividing by 1 keeps an expert that needs no correction exactly as it is.
+        block = block if self.temperatures[t] == 1.0 else block / self.temperatures[t]
         return block.log_softmax(-1) + log_prior[..., t : t + 1]
 
     def _share_outside(self, logits: torch.Tensor, raw: torch.Tensor, prior: torch.Tensor) -> tuple:

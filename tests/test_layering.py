@@ -60,9 +60,10 @@ ALLOWED: dict[str, set[str]] = {
         "checkpoints", "closed_form", "errors", "inference", "modeling", "preflight", "probe", "progress", "router_choice",
         "router_training", "separation",
     },
+    "calibration": {"evaluation", "modeling", "preflight", "router_training"},
     "builder": {
-        "_version", "artifact", "build_router", "checkpoints", "errors", "hub_upload", "modeling", "pictures", "preflight",
-        "probe", "progress", "recipe", "row_hashes", "separation", "verdict",
+        "_version", "artifact", "build_router", "calibration", "checkpoints", "errors", "hub_upload", "modeling", "pictures",
+        "preflight", "probe", "progress", "recipe", "row_hashes", "separation", "verdict",
     },
     "tuned_recipe": {"errors", "recipe"},
     "tuning": {

@@ -19,6 +19,7 @@ from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
 from ._version import __version__
 from .artifact import LAYOUT, Storage, check_files, refuse_existing, staged, storage, write_json
 from .build_router import make_router, router_type
+from .calibration import calibrate, calibration_rows
 from .checkpoints import Checkpoint
 from .errors import TwinMergingError
 from .pictures import draw_confusion
@@ -107,6 +108,9 @@ def _build_into(folder: Path, inputs: Inputs, progress: Progress) -> tuple[dict,
     del model
     progress.say("probing: a batch that mixes experts against dense models")
     difference = probe(loaded, inputs.recipe.seed)
+    bar = progress.counter("calibrating the heads", calibration_rows(inputs))
+    temperatures = calibrate(loaded, inputs, bar.update)
+    bar.close()
     verdict = reach_verdict(loaded, inputs, router, progress.counter)
     config = loaded.config
     excluded = [name for name, entry in separation.coverage.items() if entry["treatment"] == "excluded"]
@@ -120,6 +124,7 @@ def _build_into(folder: Path, inputs: Inputs, progress: Progress) -> tuple[dict,
             f"{len(dropped)} tensors are the shared model's alone: no delta was worth its bytes; see report.json"
         )
     report = _report(folder, config, separation, inputs, router, difference, verdict)
+    report["head_temperatures"] = temperatures
     write_json(folder / LAYOUT.report, report)
     if LAYOUT.confusion in config.provenance["companions"]:
         draw_confusion(folder / LAYOUT.confusion, inputs.recipe.names, router.confusion)  # type: ignore[union-attr]
