@@ -102,7 +102,7 @@ def starter_recipe(looks: list[Look], recipe_folder: Path) -> str:
         content["base_model"] = _relative(base.source, recipe_folder)
     content["merge_method"] = "linear"
     content["experts"] = [{"name": look.name, "model": _relative(look.source, recipe_folder)} for look in fitting]
-    content["exclusive"] = {"method": "svd", "rank": 16}
+    content["exclusive"] = {"method": "svd", "rank": 16, "dtype": "int4"}
     content["router"] = "auto"
     lines = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     kind = input_kind(fitting[0].checkpoint)
