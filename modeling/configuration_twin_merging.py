@@ -67,6 +67,8 @@ class TwinMergingConfig(PreTrainedConfig):
         router_input_size (`int`), router_rank (`int`):
             Width of all routing states together; dimension of each expert's subspace (`projection`) or of the space
             in which neighbours are sought (`knn`).
+        router_centres (`list[int]`):
+            For `centroid`: how many centres each expert has.
         router_exemplars (`int`), router_neighbours (`int`):
             For `knn`: rows kept of each expert, and how many of all of them vote.
         router_none_distance (`float`, *optional*):
@@ -99,6 +101,7 @@ class TwinMergingConfig(PreTrainedConfig):
     router_site: str | None = None
     router_input_size: int = 0
     router_rank: int = 0
+    router_centres: list = field(default_factory=list)
     router_exemplars: int = 0
     router_neighbours: int = 0
     router_none_distance: float | None = None
@@ -119,6 +122,7 @@ class TwinMergingConfig(PreTrainedConfig):
         self.ranks = dict(self.ranks or {})
         self.exact_deltas = list(self.exact_deltas or [])
         self.router_layers = list(self.router_layers or [])
+        self.router_centres = list(self.router_centres or [])
         self.sparse_deltas = dict(self.sparse_deltas or {})
         self.provenance = dict(self.provenance or {})
         super().__post_init__(**kwargs)
@@ -228,6 +232,10 @@ class TwinMergingConfig(PreTrainedConfig):
             raise ValueError("`router_type='projection'` needs `router_site` and `router_rank` >= 1")
         if self.router_type == "knn" and min(self.router_rank, self.router_exemplars, self.router_neighbours) < 1:
             raise ValueError("`router_type='knn'` needs `router_rank`, `router_exemplars` and `router_neighbours` >= 1")
+        centres = self.router_centres
+        legal = len(centres) == len(self.experts) and all(isinstance(n, int) and n > 0 for n in centres)
+        if self.router_type == "centroid" and not legal:
+            raise ValueError(f"`router_type='centroid'` needs `router_centres`, one count an expert, got {centres!r}")
         distance = self.router_none_distance
         if distance is not None and (isinstance(distance, bool) or not isinstance(distance, (int, float))):
             raise ValueError(f"`router_none_distance` must be a number or null, got {distance!r}")

@@ -55,6 +55,22 @@ class MLPRouter(LinearRouter):
         return self.network(features.to(next(self.network.parameters()).dtype))
 
 
+class CentroidRouter(LinearRouter):
+    """
+    Nearest centre under one common covariance, several centres for each expert: their probabilities add up.
+
+    Differences of squared Mahalanobis distances are linear in the row, so each centre is one row of a linear layer.
+    """
+
+    def __init__(self, hidden_size: int, centres: list):
+        super().__init__(hidden_size, sum(centres))
+        self.centres = tuple(centres)
+
+    def score(self, features: torch.Tensor) -> torch.Tensor:
+        blocks = super().score(features).split(self.centres, dim=-1)
+        return torch.stack([block.logsumexp(dim=-1) for block in blocks], dim=-1)
+
+
 class NeighbourRouter(nn.Module):
     """
     k nearest neighbours among exemplar rows of every expert, in a whitened subspace of the features.
@@ -145,7 +161,9 @@ def new_router(config) -> nn.Module:
         size = experts
     elif config.router_type == "knn":
         router = NeighbourRouter(size, experts, config.router_rank, config.router_exemplars, config.router_neighbours)
-    else:  # `centroid` is linear too: with one covariance, distances to centres differ by a linear function
+    elif config.router_type == "centroid":
+        router = CentroidRouter(size, config.router_centres)
+    else:
         router = (MLPRouter if config.router_type == "mlp" else LinearRouter)(size, experts)
     if config.router_none_distance is not None:
         router.novelty = Novelty(size, experts, max(1, experts - 1))

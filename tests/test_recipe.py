@@ -33,7 +33,7 @@ def test_defaults_are_the_papers():
     assert recipe == Recipe(experts=(ExpertSpec("a", "folder/a"),))
     assert (recipe.merge_method, recipe.scaling, recipe.density, recipe.normalize) == ("linear", None, None, None)
     assert recipe.exclusive == Exclusive("svd", 16, None, "float32")
-    assert recipe.router.type == "auto" and recipe.router.rows == 1000
+    assert recipe.router.type == "auto" and recipe.router.rows == 2000
 
 
 def test_every_key_arrives(tmp_path):

@@ -21,7 +21,6 @@ from twin_merging_hf.router_training import (
 
 
 HIDDEN, EXPERTS = 8, 3
-NAMES = {LinearRouter: "linear", MLPRouter: "mlp"}
 
 
 def clusters(distance: float, rows: int = 60, seed: int = 0, counts=(1, 1, 1)) -> RouterData:
@@ -44,7 +43,7 @@ def clusters(distance: float, rows: int = 60, seed: int = 0, counts=(1, 1, 1)) -
 
 def trained(kind: type, data: RouterData, epochs: int = 10, lr: float = 5e-3, seed: int = 0) -> nn.Module:
     router = kind(HIDDEN, EXPERTS)
-    train_router(router, data, NAMES[kind], RouterSettings(epochs=epochs, lr=lr), seed)
+    train_router(router, data, RouterSettings(epochs=epochs, lr=lr), seed)
     return router.eval()
 
 
@@ -112,7 +111,7 @@ def test_the_mlp_keeps_the_epoch_that_does_best_on_held_out_rows():
     wrong = RouterData(data.train, (data.train_experts + 1) % EXPERTS, data.held_out, data.held_out_experts)
     said: list[str] = []
     router = MLPRouter(HIDDEN, EXPERTS)
-    train_router(router, wrong, "mlp", RouterSettings(epochs=6, lr=5e-3), 0, said.append)
+    train_router(router, wrong, RouterSettings(epochs=6, lr=5e-3), 0, said.append)
     losses = [float(line.rsplit(" ", 1)[1]) for line in said]
     assert len(losses) == 6 and losses[-1] > min(losses)
     kept = report_of(router.eval(), wrong, temperature=1.0).negative_log_likelihood
@@ -121,7 +120,7 @@ def test_the_mlp_keeps_the_epoch_that_does_best_on_held_out_rows():
 
 def test_the_mlp_gets_better_by_training():
     data, said = clusters(3.0), []
-    train_router(MLPRouter(HIDDEN, EXPERTS), data, "mlp", RouterSettings(epochs=12, lr=2e-2), 0, said.append)
+    train_router(MLPRouter(HIDDEN, EXPERTS), data, RouterSettings(epochs=12, lr=2e-2), 0, said.append)
     losses = [float(line.rsplit(" ", 1)[1]) for line in said]
     assert min(losses) < 0.5 * losses[0]
 

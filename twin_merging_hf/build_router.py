@@ -18,7 +18,7 @@ from .preflight import Inputs
 from .probe import random_inputs
 from .progress import Progress
 from .router_choice import Candidate, candidate_layers, choose
-from .router_training import RouterData, RouterReport, router_report, subspace, train_router
+from .router_training import RouterData, RouterReport, centre_groups, router_report, subspace, train_router
 from .separation import Separation, delta_from_base
 
 
@@ -63,6 +63,8 @@ def routing_fields(first: Checkpoint, inputs: Inputs, candidate: Candidate | Non
         # Shares of energy are no probabilities: unless told otherwise, the largest takes the row.
         top_k = settings.top_k if settings.top_k is not None else 1
         fields |= {"router_site": readers[0], "router_rank": width, "router_top_k": top_k}
+    if kind == "centroid":
+        fields["router_centres"] = list(row_centres(inputs)[1])
     if kind == "knn":
         fields["router_rank"] = min(settings.rank or _NEIGHBOUR_DIMENSION, fields["router_input_size"])
         fields |= {"router_exemplars": settings.exemplars, "router_neighbours": settings.neighbours}
@@ -133,7 +135,7 @@ def _fit(model: Any, data: RouterData, inputs: Inputs, progress: Progress) -> Ro
     if config.router_type == "projection":
         given = config.router_temperature
     else:
-        train_router(model.router, data, config.router_type, settings, seed, progress.say)
+        train_router(model.router, data, settings, seed, progress.say)
     model.router.eval()
     report = router_report(model.router, data, config.router_type, given)
     config.router_temperature = report.temperature
@@ -163,6 +165,11 @@ def _reader_delta(expert: Checkpoint, reader: str, inputs: Inputs, separation: S
     return delta.T if type(expert.skeleton.get_submodule(reader)) is Conv1D else delta
 
 
+def row_centres(inputs: Inputs) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """The centre that each train row belongs to, and how many each expert has; as `centre_groups`."""
+    return centre_groups([[row.get("label") for row in rows.train] for rows in inputs.rows or []])
+
+
 def _router_data(model: Any, inputs: Inputs, progress: Progress) -> RouterData:
     assert inputs.rows is not None and inputs.processing is not None
     parts: dict[str, list[torch.Tensor]] = {"train": [], "held_out": []}
@@ -180,4 +187,5 @@ def _router_data(model: Any, inputs: Inputs, progress: Progress) -> RouterData:
         torch.tensor(experts["train"]),
         torch.cat(parts["held_out"]),
         torch.tensor(experts["held_out"]),
+        *row_centres(inputs),
     )

@@ -7,7 +7,7 @@ than features the covariance is never formed: its row space says it all.
 
 import torch
 
-from twin_merging_hf.modeling.routing_twin_merging import LinearRouter, NeighbourRouter, Novelty
+from twin_merging_hf.modeling.routing_twin_merging import CentroidRouter, NeighbourRouter, Novelty
 
 from .errors import TwinMergingError
 
@@ -22,19 +22,23 @@ def centres_of(features: torch.Tensor, experts: torch.Tensor, count: int) -> tor
     return torch.stack([features[experts == t].mean(dim=0) for t in range(count)])
 
 
-def fit_centroid(router: LinearRouter, features: torch.Tensor, experts: torch.Tensor) -> None:
+def fit_centroid(router: CentroidRouter, features: torch.Tensor, groups: torch.Tensor) -> None:
     """
-    Nearest centre under the rows' common covariance (Fisher's linear discriminant), in place.
+    Nearest centre under the rows' common covariance (discriminant analysis with subclasses), in place.
 
-    Squared Mahalanobis distances to the centres differ by a linear function of the row, so the router is a linear layer.
-    Every expert has the same prior, however many rows it has.
+    Every expert has the same prior, however many rows it has; within an expert, centres count by their rows.
+
+    Args:
+        groups: for each row, which of all centres it belongs to [row]; experts' centres follow each other.
     """
-    features = features.double()
-    centres = centres_of(features, experts, router.classifier.out_features)
-    weight = _within_inverse(features - centres[experts], centres)
+    features, total = features.double(), sum(router.centres)
+    centres = centres_of(features, groups, total)
+    weight = _within_inverse(features - centres[groups], centres)
+    counts = torch.bincount(groups, minlength=total).double()
+    shares = torch.cat([block / block.sum() for block in counts.split(router.centres)])
     with torch.no_grad():
         router.classifier.weight.copy_(weight)
-        router.classifier.bias.copy_(-0.5 * (weight * centres).sum(dim=1))
+        router.classifier.bias.copy_(-0.5 * (weight * centres).sum(dim=1) + shares.log())
 
 
 def _within_inverse(residuals: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:

@@ -102,8 +102,8 @@ class RouterSettings:
     """Rows kept of each expert (`knn`)."""
     neighbours: int = 10
     """How many exemplars vote (`knn`)."""
-    rows: int = 1000
-    """At most this many training rows for each expert (the paper's number)."""
+    rows: int = 2000
+    """At most this many training rows for each expert (the paper: 1000)."""
 
 
 @dataclass(frozen=True)
@@ -367,7 +367,7 @@ def _router(raw: Any) -> RouterSettings:
         rank=None if raw.get("rank") is None else _integer(raw, "rank", 16, 1),
         exemplars=_integer(raw, "exemplars", 100, 1),
         neighbours=_integer(raw, "neighbours", 10, 1),
-        rows=_integer(raw, "rows", 1000, 2),
+        rows=_integer(raw, "rows", 2000, 2),
     )
 
 

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 import torch
+from torch import nn
 
-from twin_merging_hf.modeling.routing_twin_merging import LinearRouter, MLPRouter, NeighbourRouter
+from twin_merging_hf.modeling.routing_twin_merging import CentroidRouter, LinearRouter, MLPRouter, NeighbourRouter
 
 from .recipe import Recipe
 from .router_training import RouterData, router_report, train_router
@@ -79,8 +80,8 @@ def choose(
     measured: list[tuple[Candidate, dict]] = []
     for candidate in candidates(layers, width):
         part = candidate.select(data, layers, width)
-        router = _new(candidate, part.train.shape[1], int(data.train_experts.max()) + 1, recipe)
-        train_router(router, part, candidate.type, recipe.router, recipe.seed)
+        router = _new(candidate, part, recipe)
+        train_router(router, part, recipe.router, recipe.seed)
         figures = asdict(router_report(router.eval(), part, candidate.type, recipe.router.temperature))
         shown = {key: round(figures[key], 4) for key in ("accuracy", "negative_log_likelihood", "temperature")}
         entry = {"type": candidate.type, "layers": list(candidate.layers), "pass": candidate.router_pass, **shown}
@@ -100,9 +101,11 @@ def _winner(measured: list[tuple[Candidate, dict]], rows: int) -> Candidate:
     return max(level, key=lambda item: (item[1]["accuracy"], -item[1]["negative_log_likelihood"]))[0]
 
 
-def _new(candidate: Candidate, size: int, experts: int, recipe: Recipe) -> LinearRouter | NeighbourRouter:
-    settings = recipe.router
+def _new(candidate: Candidate, data: RouterData, recipe: Recipe) -> nn.Module:
+    settings, size, experts = recipe.router, data.train.shape[1], int(data.train_experts.max()) + 1
     if candidate.type == "knn":
         dimension = min(settings.rank or _NEIGHBOUR_DIMENSION, size)
         return NeighbourRouter(size, experts, dimension, settings.exemplars, settings.neighbours)
+    if candidate.type == "centroid":
+        return CentroidRouter(size, list(data.centres))
     return (MLPRouter if candidate.type == "mlp" else LinearRouter)(size, experts)

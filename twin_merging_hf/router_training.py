@@ -1,12 +1,14 @@
 """Routers: trained on the shared model's states of train rows, or built from the experts' deltas without data."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
-from twin_merging_hf.modeling.routing_twin_merging import LinearRouter, MLPRouter, NeighbourRouter
+from twin_merging_hf.modeling.routing_twin_merging import CentroidRouter, LinearRouter, MLPRouter, NeighbourRouter
 
 from .closed_form import fit_centroid, fit_neighbours
 from .compression import truncated_svd
@@ -18,17 +20,25 @@ _WEIGHT_DECAY = 1e-3
 _LBFGS_STEPS = 200
 _MLP_BATCH = 64
 _AS_GOOD = 1e-3
+_LEAST_OF_CENTRE = 20
 _TEMPERATURES = torch.logspace(-1.5, 1.0, 101)
 
 
 @dataclass(frozen=True)
 class RouterData:
-    """Routing features [row, feature] and the expert that each row belongs to [row]; train and held-out."""
+    """
+    Routing features [row, feature] and the expert that each row belongs to [row]; train and held-out.
+
+    train_groups: for `centroid`, the centre that each train row belongs to [row] (see `centre_groups`); None: one centre
+    an expert. centres: how many centres each expert has.
+    """
 
     train: torch.Tensor
     train_experts: torch.Tensor
     held_out: torch.Tensor
     held_out_experts: torch.Tensor
+    train_groups: torch.Tensor | None = None
+    centres: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,16 +62,52 @@ class RouterReport:
     comparison: list[dict] = field(default_factory=list)
 
 
+def centre_groups(labels: list[list[Any]]) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """
+    Split each expert's rows into groups that look alike: by label, by quarters of a regression's numbers.
+
+    Rows of a rare label go with the expert's other rare labels, or, where these are few too, with its commonest.
+
+    Args:
+        labels: for each expert, its rows' labels (int), numbers (float), or None for rows without one label.
+
+    Returns:
+        The group of every row [row], experts after each other, and how many groups each expert has.
+    """
+    groups: list[torch.Tensor] = []
+    counts: list[int] = []
+    for values in labels:
+        places = _places(values)
+        groups.append(places + sum(counts))
+        counts.append(int(places.max()) + 1)
+    return torch.cat(groups), tuple(counts)
+
+
+def _places(values: list[Any]) -> torch.Tensor:
+    if any(value is None for value in values):
+        return torch.zeros(len(values), dtype=torch.long)
+    if isinstance(values[0], float):
+        numbers = torch.tensor(values)
+        values = torch.bucketize(numbers, torch.quantile(numbers, torch.tensor([0.25, 0.5, 0.75]))).tolist()
+    sizes = Counter(values)
+    common = sorted(value for value, size in sizes.items() if size >= _LEAST_OF_CENTRE)
+    rare = len(values) - sum(sizes[value] for value in common)
+    if not common:
+        return torch.zeros(len(values), dtype=torch.long)
+    other = len(common) if rare >= _LEAST_OF_CENTRE else common.index(max(common, key=lambda value: sizes[value]))
+    place = {value: i for i, value in enumerate(common)}
+    return torch.tensor([place.get(value, other) for value in values])
+
+
 def train_router(
     router: nn.Module,
     data: RouterData,
-    kind: str,
     settings: RouterSettings,
     seed: int,
     tick: Callable[[str], None] = lambda message: None,
 ) -> None:
     """
-    Fit a router of type `kind` in place.
+    Fit a router in place, in the way of its class.
 
     The `mlp` keeps the epoch that does best on held-out rows (never on test rows); `centroid` and `knn` are solved.
     """
@@ -69,8 +115,9 @@ def train_router(
         _train_mlp(router, data, settings.epochs, settings.lr, seed, tick)
     elif isinstance(router, NeighbourRouter):
         fit_neighbours(router, data.train, data.train_experts, seed)
-    elif kind == "centroid":
-        fit_centroid(router, data.train, data.train_experts)  # type: ignore[arg-type]
+    elif isinstance(router, CentroidRouter):
+        groups = data.train_experts if data.train_groups is None else data.train_groups
+        fit_centroid(router, data.train, groups)
     else:
         _fit_linear(router, data, tick)  # type: ignore[arg-type]
 
