@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -19,8 +19,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from examples.text.make_experts import TOKENIZER_FILES, bf16_pays, fresh_folder  # noqa: E402
 from text_tasks import Task  # noqa: E402
+
+from examples.text.make_experts import TOKENIZER_FILES, bf16_pays, fresh_folder  # noqa: E402
 
 
 # Chosen before the first run and the same for every model; nothing here was tuned on a test row.
