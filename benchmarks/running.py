@@ -65,7 +65,7 @@ def run(
     bench: Bench, rows: list[dict], model: nn.Module, step: Callable[[dict], torch.Tensor], title: str
 ) -> np.ndarray:
     """`step` over the model inputs of all rows, rows of like length together."""
-    with tqdm(total=len(rows), desc=title, unit="row", mininterval=10, leave=False) as bar:
+    with tqdm(total=len(rows), desc=title, unit="row", mininterval=10, leave=False, disable=None) as bar:
         carrying: Any = Carrying(bench.processing)
         return as_array(run_over(model, rows, carrying, step, bar.update))
 
