@@ -15,6 +15,9 @@ from sweeps import SWEEPS
 from table import draw, make_lines, show, write_csv
 
 
+ROUTERS = "routers"  # among the keys: the comparison of routers
+
+
 def parser(description: str) -> argparse.ArgumentParser:
     """Options that both commands have."""
     options = argparse.ArgumentParser(description=description)
@@ -48,10 +51,10 @@ def run_table(bench: Bench, args: argparse.Namespace, name: str, notes: list[str
     methods = Methods(bench)
     wanted = None if args.only is None else args.only.split(",")
     listed = [m for m in methods.all() if wanted is None or m.key in wanted]
-    unknown = set(wanted or ()) - {m.key for m in listed}
+    unknown = set(wanted or ()) - {m.key for m in listed} - {ROUTERS}
     if unknown:
         raise SystemExit(
-            f"--only: no method {sorted(unknown)[0]!r}; there are {', '.join(m.key for m in methods.all())}"
+            f"--only: no method {sorted(unknown)[0]!r}; there are {', '.join(m.key for m in methods.all())}, {ROUTERS}"
         )
     found = [(method, _answers(method, args.seeds)) for method in listed]
     gold = methods.part.gold
@@ -64,7 +67,7 @@ def run_table(bench: Bench, args: argparse.Namespace, name: str, notes: list[str
         print(note)
     write_csv(args.out / f"{name}.csv", lines, bench.names)
     draw(args.out / f"{name}.png", lines, f"{name.replace('_', ' ')}: normalised score, 95 % intervals over rows")
-    if wanted is None or "routers" in wanted:
+    if wanted is None or ROUTERS in wanted:
         print("\n" + compare_routers(methods, args.seeds, args.out / f"{name}_routers"))
 
 

@@ -6,7 +6,7 @@ from functools import cached_property, partial
 
 import numpy as np
 from artifacts import Artifact, ours
-from bench import Bench
+from bench import Bench, fingerprint
 from features import Features, features
 from published import ROUTER_ROWS, Published, Setting, router_logits, shared_state, weights_of
 from rivals import head_bytes
@@ -83,8 +83,6 @@ class Methods:
     def _whole_model(self, name: str, path, split: str) -> np.ndarray:
         part = self.bench.part(split)
         compute = lambda: {"raw": outputs(self.bench, load(path, self.bench.kind), part.rows, name)}  # noqa: E731
-        from bench import fingerprint
-
         return self.bench.cached(name, [part.digest, fingerprint(path)], compute)["raw"]
 
     # ---- the list ---------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The sweeps: score against rank, bytes, number of experts; unseen tasks; other domains; long fine-tunes."""
 
+import json
 from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from artifacts import OURS, Artifact, all_head_outputs, ours
 from bench import Bench
 from rivals import bitdelta_states, emr_states, storage_ratios, task_known
-from running import backbone, expert_runner, load
+from running import backbone, expert_runner, load, run
 from scores import Answers, normalised, task_scores
 from static_merges import StaticMerges
 from table import new_figure, save, write_rows
@@ -152,30 +153,39 @@ def unseen(bench: Bench, out: Path, train_longer: TrainLonger) -> str:
     """One task's delta withheld: its own head on the features of the routed mixture, and of shared alone."""
     part = bench.part("test")
     own = task_scores(own_answers(bench), part.gold)[0]
-    rows = []
+    columns, rows = ["shared_alone", "routed"], []
     for held, task in enumerate(bench.tasks):
-        mine = np.flatnonzero(part.gold.task == held)
-        head = load(bench.experts[held], bench.kind).classifier
-        scores = []
-        for none, how in ((False, {"experts": "__shared__"}), (False, {}), (True, {})):
-            artifact = without(bench, held, none)
-            if artifact is None:
-                scores.append(float("nan"))
-                continue
-            texts, label = [part.rows[i] for i in mine], str(how) or "routed"
-            compute = lambda a=artifact, t=texts, h=how: {"raw": all_head_outputs(a, t, "unseen", head, **h)}  # noqa: B023, E731
-            raw = bench.cached(f"unseen-{task.name}", [artifact.key, artifact.bench.names, part.digest, label], compute)
-            scores.append(100 * _one_task(bench, held, raw["raw"]) / own[held])
-            artifact.close()
-        rows.append([task.name, *scores])
-    rows.append(["mean", *np.nanmean([row[1:] for row in rows], axis=0)])
-    write_rows(out.with_suffix(".csv"), ["held_out_task", "shared_alone", "routed", "routed_with_none"], rows)
+        plain, abstaining = without(bench, held, False), without(bench, held, True)
+        assert plain is not None
+        scores = [_by_own_head(bench, held, plain, "__shared__"), _by_own_head(bench, held, plain, None)]
+        plain.close()
+        if abstaining is not None:
+            columns = ["shared_alone", "routed", "routed_with_none"]
+            scores.append(_by_own_head(bench, held, abstaining, None))
+            abstaining.close()
+        rows.append([task.name, *(100 * score / own[held] for score in scores)])
+    rows.append(["mean", *np.mean([row[1:] for row in rows], axis=0)])
+    write_rows(out.with_suffix(".csv"), ["held_out_task", *columns], rows)
     figure, axes = new_figure(8, 4)
-    for place, label in enumerate(("shared alone", "routed", "routed, none")):
+    for place, label in enumerate(columns):
         axes.bar(np.arange(len(rows)) + 0.27 * (place - 1), [row[1 + place] for row in rows], 0.25, label=label)
     axes.set_xticks(range(len(rows)), [row[0] for row in rows], rotation=20)
     _finish(figure, axes, "task whose delta is withheld", out)
-    return "mean over held-out tasks: shared alone {:.1f}, routed {:.1f}, with none {:.1f}".format(*rows[-1][1:])
+    means = [f"{column} {score:.1f}" for column, score in zip(columns, rows[-1][1:], strict=True)]
+    return f"mean over held-out tasks: {', '.join(means)}"
+
+
+def _by_own_head(bench: Bench, held: int, artifact: Artifact, experts: str | None) -> float:
+    """Score of a withheld task's test rows: its own expert's head on an artifact's features."""
+    part = bench.part("test")
+    rows = [part.rows[i] for i in np.flatnonzero(part.gold.task == held)]
+
+    def compute() -> dict[str, np.ndarray]:
+        head = load(bench.experts[held], bench.kind).classifier
+        return {"raw": all_head_outputs(artifact, rows, f"{bench.names[held]} unseen", head, experts=experts)}
+
+    key = [artifact.key, artifact.bench.names, part.digest, experts]
+    return _one_task(bench, held, bench.cached(f"unseen-{bench.names[held]}", key, compute)["raw"])
 
 
 def _one_task(bench: Bench, task: int, outputs: np.ndarray) -> float:
@@ -238,8 +248,6 @@ def _cached_labels(
     def compute() -> dict[str, np.ndarray]:
         raw = all_head_outputs(artifact, rows, "shift", experts=experts)
         model = artifact.model
-        from running import run
-
         routing = run(artifact.bench, rows, model, lambda inputs: model.route(**inputs), "shift, routing")
         return {"label": raw[:, artifact.bench.spans[place]].argmax(1), "expert": routing.argmax(1)}
 
@@ -255,8 +263,6 @@ def long(bench: Bench, out: Path, train_longer: TrainLonger) -> str:
     """Two experts fine-tuned three times as long: the spectra of what they learned, and the rank that they need."""
     if train_longer is None:
         return "not for this benchmark"
-    import json
-
     settings = json.loads((bench.experts[0] / "training.json").read_text())["settings"]
     usual = bench.subset([0, 1])
     longer = bench.subset([0, 1])

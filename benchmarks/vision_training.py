@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 from text_tasks import Task
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import ViTConfig, ViTForImageClassification
+from vision_tasks import IMAGE_SIZE
+
 from twin_merging_hf.demo.experts import ImageProcessor
 from twin_merging_hf.inference import batches
 from twin_merging_hf.processing import Processing
-from vision_tasks import IMAGE_SIZE
 
 
 # Chosen on validation rows, once, and the same for every expert.
