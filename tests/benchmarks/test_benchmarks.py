@@ -290,7 +290,7 @@ def test_ours_given_is_the_artifact_called_with_the_tasks_name(text, table):
 
 def test_a_second_run_reads_its_answers_from_the_cache(text, table, monkeypatch):
     monkeypatch.setattr(module("running"), "run_over", None)
-    before = (text / "out" / "text.csv").read_bytes()    )
+    before = (text / "out" / "text.csv").read_bytes()
     run_text(text, monkeypatch, "--seeds", "2", "--only", ONLY)
     assert (text / "out" / "text.csv").read_bytes() == before
 
