@@ -108,6 +108,8 @@ class Artifact:
 
     def _routed(self, split: str, top_k: int | str | None) -> dict[str, np.ndarray]:
         part = self.bench.part(split)
+        if top_k != AS_BUILT and self._routed(split, AS_BUILT)["top_k"] == (top_k or 0):
+            top_k = AS_BUILT
         return self.bench.cached(
             f"{self.name}-routed", [self.key, part.digest, top_k], lambda: self._run_routed(part, top_k)
         )
@@ -125,7 +127,8 @@ class Artifact:
         finally:
             model.config.router_top_k = built
         width = len(model.label_space.labels)
-        return union_answers(self.bench, joined[:, :width], joined[:, width : 2 * width], joined[:, 2 * width :])
+        found = union_answers(self.bench, joined[:, :width], joined[:, width : 2 * width], joined[:, 2 * width :])
+        return {**found, "top_k": np.array(built or 0)}
 
     @cached_property
     def on_demand(self) -> OnDemand:

@@ -45,6 +45,7 @@ def features(
 
     Args:
         rows: at most so many train rows of each task.
+        unmasked: pad every text to one length, so that `Features.unmasked` does not depend on batch mates.
     """
     parts = {split: bench.part(split, rows if split == "train" else None) for split in SPLITS}
     model: Any = None
@@ -54,27 +55,26 @@ def features(
         def compute(part=part, split=split) -> dict[str, np.ndarray]:
             nonlocal model
             model = model or with_all_heads(bench, state())
-            body, title = model.base_model, f"{name}: states of {split} rows"
-            arrays = {"masked": run(bench, part.rows, model, lambda inputs: _means(body, inputs), title)}
-            if unmasked:
-                width = longest(bench)
-                step = lambda inputs: body(**_padded(bench, inputs, width)).last_hidden_state.mean(1)  # noqa: E731
-                arrays["unmasked"] = run(bench, part.rows, model, step, title)
-            return arrays
+            body, width = model.base_model, longest(bench) if unmasked else None
+            step = lambda inputs: _means(body, _padded(bench, inputs, width))  # noqa: E731
+            found = run(bench, part.rows, model, step, f"{name}: states of {split} rows")
+            return {"masked": found[:, :-1], "unmasked": found[:, -1]}
 
         arrays = bench.cached(f"features-{name}", [part.digest, unmasked], compute)
         masked[split] = arrays["masked"]
-        plain[split] = arrays.get("unmasked", arrays["masked"][:, -1])
+        plain[split] = arrays["unmasked"]
     return Features(masked, plain, {split: part.gold.task for split, part in parts.items()})
 
 
 def _means(body: Any, inputs: dict) -> torch.Tensor:
+    """Masked means of all layers, and the last layer's mean over all positions: [row, layer + 1, hidden]."""
     states = body(**inputs, output_hidden_states=True).hidden_states
+    plain = states[-1].mean(1)
     mask = inputs.get("attention_mask")
     if mask is None:
-        return torch.stack([state.mean(1) for state in states], 1)
+        return torch.stack([*(state.mean(1) for state in states), plain], 1)
     share = mask / mask.sum(1, keepdim=True)
-    return torch.stack([torch.einsum("bs,bsd->bd", share, state) for state in states], 1)
+    return torch.stack([*(torch.einsum("bs,bsd->bd", share, state) for state in states), plain], 1)
 
 
 def longest(bench: Bench) -> int | None:

@@ -99,7 +99,7 @@ class Methods:
                 "shape", "  + mean as shared (rank 38 at width 384, fp32)", exclusive={"ratio": 0.1}, router=MIDDLE
             ),
             Method("ours", "OURS", lambda s: self.ours(s).routed(), self._our_ratio, seeded=True),
-            Method("ours-top-1", "ours, top-1", lambda s: self.ours(s).routed(top_k=1), self._our_ratio, seeded=True),
+            Method("ours-top-1", "ours, top-1", self._ours_top_1, self._our_ratio, seeded=True),
             Method("ours-soft", "ours, soft", lambda s: self.ours(s).routed(top_k=None), self._our_ratio, seeded=True),
             known("ours-given", "ours, task given", lambda s: self.ours(s).given(), self._our_ratio, seeded=True),
             self._variant("base-dynamic", "pretrained as shared + dynamic", shared_model=str(self.bench.base)),
@@ -123,6 +123,9 @@ class Methods:
 
     def _experts_given(self, seed: int) -> Answers:
         return self.bench.answer(self.experts.get(self.task), self.task)
+
+    def _ours_top_1(self, seed: int) -> Answers:
+        return self.ours(seed).chosen(self.our_choice(seed))
 
     def _swap(self, seed: int) -> Answers:
         choice = self.our_choice(seed)
@@ -178,7 +181,8 @@ class Methods:
         listed = []
         for key, (title, setting) in LADDER.items():
             answers = partial(self._published, key, setting)
-            listed.append(Method(key, title, answers, lambda: self.published.ratio, True, setting.oracle))
+            seeded = key.startswith("published")
+            listed.append(Method(key, title, answers, lambda: self.published.ratio, seeded, setting.oracle))
         return listed
 
     def _published(self, key: str, setting: Setting, seed: int) -> Answers:

@@ -13,7 +13,7 @@ from scores import calibration_error, right
 from table import new_figure, save, write_rows
 
 
-TRAIN_ROWS = 400
+TRAIN_ROWS = 1000  # of each task, as many as a build takes
 Predict = Callable[[np.ndarray], np.ndarray]
 
 

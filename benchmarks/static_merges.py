@@ -1,7 +1,7 @@
 """Static merges: one backbone for all tasks, its coefficients chosen on validation rows."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -33,6 +33,7 @@ class StaticMerges:
     """All static merges of a bench, all heads on each."""
 
     bench: Bench
+    _vector: tuple | None = field(default=None, repr=False)
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -56,14 +57,24 @@ class StaticMerges:
         return self.bench.cached(f"static-{method}", key, compute)["raw"]
 
     def state(self, method: str, parameters: dict, seed: int) -> dict[str, torch.Tensor]:
-        """Merged backbone tensors, by the package or (TSV-M, Iso-C) by `OWN_METHODS`."""
+        """Merged backbone tensors: base + lambda * merged task vector, which is made once for all lambdas."""
+        if method in ("base", "linear"):
+            return self._merged(method, {}, seed)
+        base = backbone(self.bench, self.bench.base)
+        rest = {key: value for key, value in parameters.items() if key != "lambda"}
+        key = (method, str(rest), seed)
+        if self._vector is None or self._vector[0] != key:
+            merged = self._merged(method, {**rest, "lambda": 1.0}, seed)
+            self._vector = (key, {name: value - base[name] for name, value in merged.items()})
+        return {name: base[name] + parameters["lambda"] * value for name, value in self._vector[1].items()}
+
+    def _merged(self, method: str, parameters: dict, seed: int) -> dict[str, torch.Tensor]:
+        """By the package, or by `OWN_METHODS` at lambda 1."""
         if method in OWN_METHODS:
             base = backbone(self.bench, self.bench.base)
             experts = [backbone(self.bench, path) for path in self.bench.experts]
-            merge, scaling = OWN_METHODS[method], parameters["lambda"]
-            return {
-                n: start + scaling * merge(torch.stack([e[n] - start for e in experts])) for n, start in base.items()
-            }
+            merge = OWN_METHODS[method]
+            return {n: start + merge(torch.stack([e[n] - start for e in experts])) for n, start in base.items()}
         merged = static_merge(self.inputs, 0, method, self._recipe(method, parameters, seed))
         return {
             n: v for n, v in merged.state_dict().items() if not n.startswith("classifier.") and v.is_floating_point()

@@ -295,21 +295,28 @@ def test_a_second_run_reads_its_answers_from_the_cache(text, table, monkeypatch)
     assert (text / "out" / "text.csv").read_bytes() == before
 
 
-def test_sweeps_write_what_they_say(text, table, monkeypatch):
+@pytest.mark.parametrize("names", ["rank,shift", pytest.param("bytes,experts,unseen,long", marks=pytest.mark.slow)])
+def test_sweeps_write_what_they_say(text, table, monkeypatch, names):
     sweeps = module("sweeps")
     monkeypatch.setattr(sweeps, "RANKS", (1, 4))
     monkeypatch.setattr(sweeps, "BYTE_POINTS", {"fp32": (2,), "bf16": (2,)})
     monkeypatch.setattr(sweeps, "LORA_RANKS", (2,))
     monkeypatch.setattr(sweeps, "BUDGETS", ())
     monkeypatch.setattr(sweeps, "LONG_RANKS", (1, 4))
-    run_text(text, monkeypatch, "--sweeps", "all")
-    for name in sweeps.SWEEPS:
-        assert (text / "out" / f"text_{name}.csv").is_file() and (text / "out" / f"text_{name}.png").is_file()
-    with (text / "out" / "text_shift.csv").open() as stream:
-        assert {(row["expert"], row["rows_of"]) for row in csv.DictReader(stream)} == {("a", "c"), ("c", "a")}
-    with (text / "out" / "text_bytes.csv").open() as stream:
-        ratios = {row["method"]: float(row["storage_ratio"]) for row in csv.DictReader(stream)}
-    assert ratios["BitDelta"] < ratios["EMR-Merging"]
+    run_text(text, monkeypatch, "--sweeps", names)
+    found = {}
+    for name in names.split(","):
+        assert (text / "out" / f"text_{name}.png").is_file()
+        with (text / "out" / f"text_{name}.csv").open() as stream:
+            found[name] = list(csv.DictReader(stream))
+    if "shift" in found:
+        assert {(row["expert"], row["rows_of"]) for row in found["shift"]} == {("a", "c"), ("c", "a")}
+        assert [row["rank"] for row in found["rank"]] == ["1", "4"]
+        assert float(found["rank"][0]["storage_ratio"]) < float(found["rank"][1]["storage_ratio"])
+    else:
+        ratios = {row["method"]: float(row["storage_ratio"]) for row in found["bytes"]}
+        assert ratios["BitDelta"] < ratios["EMR-Merging"]
+        assert [row["held_out_task"] for row in found["unseen"]] == [*TASKS, "mean"]
 
 
 def test_unknown_methods_and_sweeps_are_named(text, table, monkeypatch):
@@ -319,8 +326,9 @@ def test_unknown_methods_and_sweeps_are_named(text, table, monkeypatch):
         run_text(text, monkeypatch, "--sweeps", "nonsense")
 
 
-def test_vision_tasks_split_pictures_and_never_twice(tmp_path):
+def test_vision_tasks_split_pictures_and_never_twice(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
+    monkeypatch.setattr(module("vision_tasks"), "MOST", {"train": 30, "validation": 20, "test": 20})
     tasks = module("vision_tasks").make_tasks(tmp_path, 0)
     seen: set[str] = set()
     for task in tasks:
