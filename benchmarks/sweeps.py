@@ -17,6 +17,7 @@ from static_merges import StaticMerges
 from table import new_figure, save, write_rows
 
 from twin_merging_hf.errors import TwinMergingError
+from twin_merging_hf.modeling.configuration_twin_merging import ROUTER_TYPES
 from twin_merging_hf.recipe import FACTOR_DTYPES, parse_recipe
 
 
@@ -256,6 +257,29 @@ def _cached_labels(
     return arrays["label"], arrays["expert"]
 
 
+# ---- routers ----------------------------------------------------------------------------------------------------
+
+
+def routers(bench: Bench, out: Path, train_longer: TrainLonger) -> str:
+    """The package's own routers, each type in artifacts of its own: how many rows find their expert, and the score."""
+    rows = []
+    for kind in ROUTER_TYPES:
+        for layer in ("middle", "last") if kind in ("linear", "mlp") else ("middle",):
+            settings = {"type": kind} | ({"pass": "full"} if layer == "last" else {})
+            artifact = ours(bench, 0, router=settings)
+            truth = {split: bench.part(split).gold.task for split in ("validation", "test")}
+            found = [float((artifact.weights(split).argmax(1) == truth[split]).mean()) for split in truth]
+            rows.append([kind, layer, *found, percent(bench, artifact.routed())])
+            artifact.close()
+    write_rows(out.with_suffix(".csv"), ["type", "layer", "validation", "test", "routed_score"], rows)
+    figure, axes = new_figure(7, 4)
+    axes.bar(range(len(rows)), [100 * row[3] for row in rows], label="router accuracy, test rows, %")
+    axes.plot([row[4] for row in rows], "o", color="tab:orange", label="normalised score")
+    axes.set_xticks(range(len(rows)), [f"{row[0]}, {row[1]}" for row in rows], rotation=20)
+    _finish(figure, axes, "router", out, "%")
+    return "; ".join(f"{r[0]} ({r[1]}): {r[3]:.1%} of test rows, score {r[4]:.1f}" for r in rows)
+
+
 # ---- long fine-tunes --------------------------------------------------------------------------------------------
 
 
@@ -315,4 +339,12 @@ def _finish(
     save(figure, out.with_suffix(".png"))
 
 
-SWEEPS = {"rank": rank, "bytes": size, "experts": experts, "unseen": unseen, "shift": shift, "long": long}
+SWEEPS = {
+    "routers": routers,
+    "rank": rank,
+    "bytes": size,
+    "experts": experts,
+    "unseen": unseen,
+    "shift": shift,
+    "long": long,
+}

@@ -295,7 +295,9 @@ def test_a_second_run_reads_its_answers_from_the_cache(text, table, monkeypatch)
     assert (text / "out" / "text.csv").read_bytes() == before
 
 
-@pytest.mark.parametrize("names", ["rank,shift", pytest.param("bytes,experts,unseen,long", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "names", ["rank,shift", pytest.param("routers,bytes,experts,unseen,long", marks=pytest.mark.slow)]
+)
 def test_sweeps_write_what_they_say(text, table, monkeypatch, names):
     sweeps = module("sweeps")
     monkeypatch.setattr(sweeps, "RANKS", (1, 4))
