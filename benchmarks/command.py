@@ -68,7 +68,7 @@ def run_table(bench: Bench, args: argparse.Namespace, name: str, notes: list[str
     write_csv(args.out / f"{name}.csv", lines, bench.names)
     draw(args.out / f"{name}.png", lines, f"{name.replace('_', ' ')}: normalised score, 95 % intervals over rows")
     if wanted is None or ROUTERS in wanted:
-        print("\n" + compare_routers(methods, args.seeds, args.out / f"{name}_routers"))
+        print("\n" + compare_routers(methods, args.seeds, args.out / f"{name}_router_layers"))
 
 
 def _answers(method: Method, seeds: int) -> list[Answers]:

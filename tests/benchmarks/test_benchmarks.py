@@ -258,8 +258,8 @@ def test_table_holds_every_method_and_experts_are_100(text, table):
     assert float(table["experts"]["storage_ratio"]) == 3.0
     assert float(table["ours"]["minus_ours"]) == 0.0
     assert table["ours"]["seeds"] == "2" and table["experts"]["seeds"] == "1"
-    assert (text / "out" / "text.png").is_file() and (text / "out" / "text_routers.png").is_file()
-    with (text / "out" / "text_routers.csv").open() as stream:
+    assert (text / "out" / "text.png").is_file() and (text / "out" / "text_router_layers.png").is_file()
+    with (text / "out" / "text_router_layers.csv").open() as stream:
         routers = list(csv.DictReader(stream))
     assert {row["router"] for row in routers} >= {"linear", "mlp", "centroid", "knn", "ceiling"}
 
