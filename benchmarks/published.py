@@ -14,6 +14,7 @@ from bench import Bench
 from features import Features
 from running import backbone
 from torch import nn
+from transformers import AutoConfig
 
 
 SCALING, RATIO = 0.3, 0.1
@@ -164,7 +165,7 @@ class Published:
         sizes = self.artifact.report["storage"]
         first = backbone(self.bench, self.bench.experts[0])
         biases = sum(value.nbytes for name, value in first.items() if "bias" in name)
-        hidden = self.artifact.model.config.router_input_size
+        hidden = AutoConfig.from_pretrained(self.bench.base).hidden_size
         router = sum(value.nbytes for value in new_mlp(hidden, len(self.bench.experts)).state_dict().values())
         total = sizes["shared"] + sizes["deltas"] + sizes["heads"] + router + len(self.bench.experts) * biases
         return total / sizes["shared"]
