@@ -149,9 +149,9 @@ def test_iso_c_has_one_singular_value_and_tsv_m_keeps_orthogonal_tasks():
 @pytest.mark.parametrize("kind", ["linear", "mlp", "centroid", "knn"])
 def test_every_router_separates_groups_that_lie_apart(kind):
     rng = np.random.default_rng(0)
-    y = np.repeat([0, 1, 2], 60)
+    y = np.repeat([0, 1, 2], 600)
     # Far from the origin, where angles say nothing unless the mean is taken away.
-    x = (50 + 4 * np.eye(3, 8)[y] + rng.normal(size=(180, 8))).astype(np.float32)
+    x = (50 + 4 * np.eye(3, 8)[y] + rng.normal(size=(1800, 8))).astype(np.float32)
     predict = module("router_comparison").TYPES[kind](x[::2], y[::2], x[::2], y[::2])
     assert (predict(x[1::2]) == y[1::2]).mean() > 0.9
 
