@@ -11,7 +11,7 @@ from .tags_twin_merging import TOKEN_CLASSES
 
 
 FORMAT_VERSION = 1
-ROUTER_TYPES = ("linear", "mlp", "centroid", "knn", "projection")
+ROUTER_TYPES = ("linear", "mlp", "centroid", "lexical", "knn", "projection")
 ROUTER_PASSES = ("prefix", "full")
 EXPERT_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 RESERVED_EXPERT_NAMES = ("all", "none", "__shared__", "__base__")
@@ -58,8 +58,9 @@ class TwinMergingConfig(PreTrainedConfig):
         sparse_deltas (`dict[str, list[int]]`):
             Instead of factors, for ablations: for each parameter, the number of stored entries of each expert's delta.
         router_type, router_pass, router_layer, router_temperature, router_top_k:
-            `linear`, `mlp`, `centroid`, `knn` or `projection`; `full` (whole shared pass) or `prefix` (the state before
-            layer `router_layer`); weights are `softmax(logits / router_temperature)`, the largest `router_top_k` kept.
+            `linear`, `mlp`, `centroid`, `lexical`, `knn` or `projection`; `full` (whole shared pass) or `prefix` (the
+            state before layer `router_layer`); weights are `softmax(logits / router_temperature)`, the largest
+            `router_top_k` kept.
         router_layers (`list[int]`):
             Layers whose inputs the router reads besides the one that its pass ends with, in ascending order.
         router_site (`str`, *optional*):
@@ -68,7 +69,7 @@ class TwinMergingConfig(PreTrainedConfig):
             Width of all routing states together; dimension of each expert's subspace (`projection`) or of the space
             in which neighbours are sought (`knn`).
         router_centres (`list[int]`):
-            For `centroid`: how many centres each expert has.
+            For `centroid` and `lexical`: how many centres each expert has.
         router_exemplars (`int`), router_neighbours (`int`):
             For `knn`: rows kept of each expert, and how many of all of them vote.
         router_none_distance (`float`, *optional*):
@@ -228,14 +229,7 @@ class TwinMergingConfig(PreTrainedConfig):
         layers = self.state_layers
         if layers != sorted(set(layers)) or not all(isinstance(layer, int) for layer in layers):
             raise ValueError(f"`router_layers` and `router_layer` must ascend, got {layers!r}")
-        if self.router_type == "projection" and (not self.router_site or self.router_rank < 1):
-            raise ValueError("`router_type='projection'` needs `router_site` and `router_rank` >= 1")
-        if self.router_type == "knn" and min(self.router_rank, self.router_exemplars, self.router_neighbours) < 1:
-            raise ValueError("`router_type='knn'` needs `router_rank`, `router_exemplars` and `router_neighbours` >= 1")
-        centres = self.router_centres
-        legal = len(centres) == len(self.experts) and all(isinstance(n, int) and n > 0 for n in centres)
-        if self.router_type == "centroid" and not legal:
-            raise ValueError(f"`router_type='centroid'` needs `router_centres`, one count an expert, got {centres!r}")
+        self._validate_router_type()
         distance = self.router_none_distance
         if distance is not None and (isinstance(distance, bool) or not isinstance(distance, (int, float))):
             raise ValueError(f"`router_none_distance` must be a number or null, got {distance!r}")
@@ -246,3 +240,18 @@ class TwinMergingConfig(PreTrainedConfig):
         top_k = self.router_top_k
         if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k <= len(self.experts)):
             raise ValueError(f"`router_top_k` must be between 1 and {len(self.experts)} or null, got {top_k!r}")
+
+    def _validate_router_type(self) -> None:
+        """What single types of router need."""
+        if self.router_type == "projection" and (not self.router_site or self.router_rank < 1):
+            raise ValueError("`router_type='projection'` needs `router_site` and `router_rank` >= 1")
+        if self.router_type == "knn" and min(self.router_rank, self.router_exemplars, self.router_neighbours) < 1:
+            raise ValueError("`router_type='knn'` needs `router_rank`, `router_exemplars` and `router_neighbours` >= 1")
+        centres = self.router_centres
+        legal = len(centres) == len(self.experts) and all(isinstance(n, int) and n > 0 for n in centres)
+        if self.router_type in ("centroid", "lexical") and not legal:
+            raise ValueError(
+                f"`router_type={self.router_type!r}` needs `router_centres`, one count an expert, got {centres!r}"
+            )
+        if self.router_type == "lexical" and not isinstance(self.vocab_size, int):
+            raise ValueError("`router_type='lexical'` needs a shared model with a `vocab_size`")

@@ -27,6 +27,7 @@ from .heads_twin_merging import LabelSpace
 from .mix_twin_merging import ALL, CallWeights, CheckpointWithWeights, ExpertMix
 from .padding_twin_merging import TOKEN_INPUTS, align_left, restore_order
 from .routing_twin_merging import (
+    LexicalRouter,
     NeighbourRouter,
     Novelty,
     ProjectionRouter,
@@ -146,6 +147,10 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.scale)
         elif isinstance(module, ExactDelta):
             init.zeros_(module.delta)
+        elif isinstance(module, LexicalRouter):
+            init.zeros_(module.table)
+            init.ones_(module.scale)
+            init.zeros_(module.weight)
         elif isinstance(module, (ProjectionRouter, NeighbourRouter, Novelty)):
             for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, std=0.02)
@@ -237,10 +242,14 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
         return router.score(self.routing_features(**inputs))
 
     def routing_features(self, **inputs) -> torch.Tensor:
-        """What the router scores: [batch, feature], float32 (masked mean of the routing states; shares for `projection`)."""
+        """What the router scores: [batch, feature], float32 (masked mean of the routing states; shares for `projection`; sums
+        over tokens behind the mean for `lexical`)."""
         router: Any = self.router
         inputs, _ = align_left(inputs)
-        return router.features(self._routing_hidden(inputs), inputs.get("attention_mask"))
+        hidden, mask = self._routing_hidden(inputs), inputs.get("attention_mask")
+        if isinstance(router, LexicalRouter):
+            return router.features(hidden, mask, inputs.get("input_ids"))
+        return router.features(hidden, mask)
 
     def _routing_hidden(self, inputs: dict) -> torch.Tensor:
         mask = inputs.get("attention_mask")
@@ -264,7 +273,8 @@ class TwinMergingPreTrainedModel(PreTrainedModel):
         logits = router.score(features)  # type: ignore[operator]
         weights = weights_from_logits(logits, config.router_temperature, config.router_top_k)
         if config.router_none_distance is not None:
-            known = router.novelty(features) <= config.router_none_distance  # type: ignore[operator]
+            size = config.router_input_size if config.router_type != "projection" else features.shape[-1]
+            known = router.novelty(features[:, :size]) <= config.router_none_distance  # type: ignore[operator]
             weights = weights * known[:, None]
         return weights
 

@@ -71,6 +71,41 @@ class CentroidRouter(LinearRouter):
         return torch.stack([block.logsumexp(dim=-1) for block in blocks], dim=-1)
 
 
+class LexicalRouter(CentroidRouter):
+    """
+    A `CentroidRouter` that also looks at which tokens a row has: naive Bayes over the vocabulary, in the same logits.
+
+    `table` [vocabulary, expert] holds, as integers times `scale`, how much more likely a token is with an expert than with
+    the others (log, centred over experts; 0 for tokens that no training row had). Each different token of a row counts
+    once. Features are the masked mean of the states and, behind it, the sums over tokens.
+    """
+
+    def __init__(self, hidden_size: int, centres: list, vocabulary: int):
+        super().__init__(hidden_size, centres)
+        self.register_buffer("table", torch.zeros(vocabulary, len(centres), dtype=torch.int8))
+        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("weight", torch.zeros(1))
+
+    def lexical(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Sums over the different valid tokens of each row: [batch, token] -> [batch, expert]."""
+        mask = torch.ones_like(ids) if mask is None else mask.to(ids.device)
+        ids = torch.where(mask > 0, ids, torch.full_like(ids, -1)).sort(dim=1).values
+        first = torch.cat([ids[:, :1] >= 0, (ids[:, 1:] != ids[:, :-1]) & (ids[:, 1:] >= 0)], dim=1)
+        rows = self.table[ids.clamp(min=0)].float() * first[..., None]
+        return rows.sum(dim=1) * self.scale
+
+    def features(self, hidden, mask, ids=None) -> torch.Tensor:
+        """[batch, feature + expert]; without token ids (rows given as embeddings) the tokens say nothing."""
+        pooled = masked_mean(hidden.float(), mask)
+        if ids is None:
+            return torch.cat([pooled, pooled.new_zeros(len(pooled), len(self.centres))], dim=-1)
+        return torch.cat([pooled, self.lexical(ids, mask).to(pooled)], dim=-1)
+
+    def score(self, features: torch.Tensor) -> torch.Tensor:
+        pooled, lexical = features.split([features.shape[-1] - len(self.centres), len(self.centres)], dim=-1)
+        return super().score(pooled) + self.weight * lexical
+
+
 class NeighbourRouter(nn.Module):
     """
     k nearest neighbours among exemplar rows of every expert, in a whitened subspace of the features.
@@ -163,6 +198,8 @@ def new_router(config) -> nn.Module:
         router = NeighbourRouter(size, experts, config.router_rank, config.router_exemplars, config.router_neighbours)
     elif config.router_type == "centroid":
         router = CentroidRouter(size, config.router_centres)
+    elif config.router_type == "lexical":
+        router = LexicalRouter(size, config.router_centres, config.vocab_size)
     else:
         router = (MLPRouter if config.router_type == "mlp" else LinearRouter)(size, experts)
     if config.router_none_distance is not None:

@@ -181,7 +181,10 @@ BAD = {
     "ratio text": ({**MINIMAL, "exclusive": {"ratio": "half"}}, ["ratio", "'half'"]),
     "factor dtype": ({**MINIMAL, "exclusive": {"dtype": "int2"}}, ["dtype", "fp32", "bf16", "int8", "int4", "'int2'"]),
     "factor dtype a list": ({**MINIMAL, "exclusive": {"dtype": ["fp32"]}}, ["dtype", "fp32"]),
-    "router type": ({**MINIMAL, "router": "magic"}, ["type", "auto, linear, mlp, centroid, knn, projection", "'magic'"]),
+    "router type": (
+        {**MINIMAL, "router": "magic"},
+        ["type", "auto, linear, mlp, centroid, lexical, knn, projection", "'magic'"],
+    ),
     "router number": ({**MINIMAL, "router": 3}, ["router", "mapping"]),
     "router false": ({**MINIMAL, "router": False}, ["router"]),
     "router an empty list": ({**MINIMAL, "router": []}, ["router"]),

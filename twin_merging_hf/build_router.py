@@ -13,7 +13,7 @@ from twin_merging_hf.modeling.routing_twin_merging import ProjectionRouter
 from .checkpoints import Checkpoint
 from .closed_form import fit_novelty
 from .errors import TwinMergingError
-from .inference import run_over
+from .inference import run_over, token_ids
 from .preflight import Inputs
 from .probe import random_inputs
 from .progress import Progress
@@ -63,7 +63,7 @@ def routing_fields(first: Checkpoint, inputs: Inputs, candidate: Candidate | Non
         # Shares of energy are no probabilities: unless told otherwise, the largest takes the row.
         top_k = settings.top_k if settings.top_k is not None else 1
         fields |= {"router_site": readers[0], "router_rank": width, "router_top_k": top_k}
-    if kind == "centroid":
+    if kind in ("centroid", "lexical"):
         fields["router_centres"] = list(row_centres(inputs)[1])
     if kind == "knn":
         fields["router_rank"] = min(settings.rank or _NEIGHBOUR_DIMENSION, fields["router_input_size"])
@@ -121,7 +121,7 @@ def make_router(
     comparison: list[dict] = []
     if router_type(inputs) == "auto":
         layers, width = _auto_layers(first, inputs), first.config.hidden_size
-        candidate, comparison = choose(data, layers, width, recipe, progress.say)
+        candidate, comparison = choose(data, layers, width, model.config.vocab_size or 0, recipe, progress.say)
         del model  # two at once would double the memory
         model = assemble(routing_fields(first, inputs, candidate))
         data = candidate.select(data, layers, width)
@@ -172,6 +172,7 @@ def row_centres(inputs: Inputs) -> tuple[torch.Tensor, tuple[int, ...]]:
 
 def _router_data(model: Any, inputs: Inputs, progress: Progress) -> RouterData:
     assert inputs.rows is not None and inputs.processing is not None
+    tokens: dict[str, list[torch.Tensor]] = {"train": [], "held_out": []}
     parts: dict[str, list[torch.Tensor]] = {"train": [], "held_out": []}
     experts: dict[str, list[int]] = {"train": [], "held_out": []}
     step: Callable[[dict], torch.Tensor] = lambda batch: model.routing_features(**batch)  # noqa: E731
@@ -181,6 +182,8 @@ def _router_data(model: Any, inputs: Inputs, progress: Progress) -> RouterData:
             chosen = getattr(rows, part)
             parts[part].append(run_over(model, chosen, inputs.processing, step, bar.update))
             experts[part] += [index] * len(chosen)
+            if inputs.kind == "text":
+                tokens[part] += token_ids(chosen, inputs.processing)
     bar.close()
     return RouterData(
         torch.cat(parts["train"]),
@@ -188,4 +191,6 @@ def _router_data(model: Any, inputs: Inputs, progress: Progress) -> RouterData:
         torch.cat(parts["held_out"]),
         torch.tensor(experts["held_out"]),
         *row_centres(inputs),
+        tokens["train"] or None,
+        tokens["held_out"] or None,
     )

@@ -6,8 +6,14 @@ than features the covariance is never formed: its row space says it all.
 """
 
 import torch
+from torch import nn
 
-from twin_merging_hf.modeling.routing_twin_merging import CentroidRouter, NeighbourRouter, Novelty
+from twin_merging_hf.modeling.routing_twin_merging import (
+    CentroidRouter,
+    LexicalRouter,
+    NeighbourRouter,
+    Novelty,
+)
 
 from .errors import TwinMergingError
 
@@ -15,6 +21,10 @@ from .errors import TwinMergingError
 # Share of the average variance that is added to every direction: features outnumber what the rows can tell about them.
 _SHRINKAGE = 0.01
 _LARGEST_COVARIANCE = 4096
+# Rows that a token is taken to have been seen in besides those it was (naive Bayes' smoothing).
+_SMOOTHING = 0.1
+_LEXICAL_WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5)
+_TEMPERATURES = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 
 
 def centres_of(features: torch.Tensor, experts: torch.Tensor, count: int) -> torch.Tensor:
@@ -39,6 +49,38 @@ def fit_centroid(router: CentroidRouter, features: torch.Tensor, groups: torch.T
     with torch.no_grad():
         router.classifier.weight.copy_(weight)
         router.classifier.bias.copy_(-0.5 * (weight * centres).sum(dim=1) + shares.log())
+
+
+def fit_lexicon(router: LexicalRouter, tokens: list[torch.Tensor], experts: torch.Tensor) -> None:
+    """
+    Count in how many rows of each expert every token occurs, and turn that into log-likelihood ratios, in place.
+
+    Args:
+        tokens: token ids of each train row. experts: the expert of each [row].
+    """
+    vocabulary, count = router.table.shape
+    seen = torch.zeros(vocabulary, count, dtype=torch.float64)
+    for ids, expert in zip(tokens, experts.tolist(), strict=True):
+        seen[ids.unique(), expert] += 1
+    ratios = ((seen + _SMOOTHING) / (seen + _SMOOTHING).sum(dim=0)).log()
+    ratios -= ratios.mean(dim=1, keepdim=True)
+    ratios[seen.sum(dim=1) == 0] = 0
+    scale = max(float(ratios.abs().max()) / 127, 1e-12)
+    with torch.no_grad():
+        router.table.copy_((ratios / scale).round().to(torch.int8))
+        router.scale.fill_(scale)
+
+
+def fit_lexical_weight(router: LexicalRouter, held_out: torch.Tensor, experts: torch.Tensor) -> None:
+    """Choose how much the tokens count, beside the states, by the likelihood of held-out rows at the best temperature."""
+    best, chosen = float("inf"), 0.0
+    for weight in _LEXICAL_WEIGHTS:
+        router.weight.fill_(weight)
+        logits = router.score(held_out)
+        losses = [float(nn.functional.cross_entropy(logits / t, experts)) for t in _TEMPERATURES]
+        if min(losses) < best:
+            best, chosen = min(losses), weight
+    router.weight.fill_(chosen)
 
 
 def _within_inverse(residuals: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:

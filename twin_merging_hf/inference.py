@@ -62,3 +62,12 @@ def run_over(
         return torch.cat(results) if per_token else torch.stack(results)
     finally:
         model.train(was_training)
+
+
+def token_ids(rows: list[dict], processing: Processing) -> list[torch.Tensor]:
+    """Token ids of each row of text [token], without padding, as the model gets them."""
+    found: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+    for chunk, inputs in batches(rows, processing):
+        for position, ids, mask in zip(chunk, inputs["input_ids"], inputs["attention_mask"], strict=True):
+            found[position] = ids[mask > 0]
+    return found

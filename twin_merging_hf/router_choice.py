@@ -6,7 +6,13 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import nn
 
-from twin_merging_hf.modeling.routing_twin_merging import CentroidRouter, LinearRouter, MLPRouter, NeighbourRouter
+from twin_merging_hf.modeling.routing_twin_merging import (
+    CentroidRouter,
+    LexicalRouter,
+    LinearRouter,
+    MLPRouter,
+    NeighbourRouter,
+)
 
 from .recipe import Recipe
 from .router_training import RouterData, router_report, train_router
@@ -51,13 +57,15 @@ def candidate_layers(count: int) -> tuple[int, ...]:
     return tuple(sorted({step * count // steps for step in range(steps)}))
 
 
-def candidates(layers: tuple[int, ...], width: int) -> list[Candidate]:
-    """What `auto` compares: each layer alone, all layers up to it, and the last state (the paper's)."""
+def candidates(layers: tuple[int, ...], width: int, text: bool) -> list[Candidate]:
+    """What `auto` compares: each layer alone, all layers up to it, with tokens for text, and the last state (the paper's)."""
     found = []
     for end, layer in enumerate(layers):
         found += [Candidate(kind, (layer,), "prefix") for kind in ("linear", "centroid")]
         if end > 0:
             found += [Candidate(kind, layers[: end + 1], "prefix") for kind in ("centroid", "knn")]
+        if text:
+            found.append(Candidate("lexical", layers[: end + 1], "prefix"))
     found += [Candidate(kind, (), "full") for kind in ("linear", "centroid")]
     if width <= _WIDEST_MLP:
         found.append(Candidate("mlp", (), "full"))
@@ -65,7 +73,7 @@ def candidates(layers: tuple[int, ...], width: int) -> list[Candidate]:
 
 
 def choose(
-    data: RouterData, layers: tuple[int, ...], width: int, recipe: Recipe, say: Callable[[str], None]
+    data: RouterData, layers: tuple[int, ...], width: int, vocabulary: int, recipe: Recipe, say: Callable[[str], None]
 ) -> tuple[Candidate, list[dict]]:
     """
     Fit every candidate on train rows and compare them on held-out rows.
@@ -78,9 +86,10 @@ def choose(
         The winner, and the figures of all (type, layers, pass, accuracy, negative log-likelihood, temperature).
     """
     measured: list[tuple[Candidate, dict]] = []
-    for candidate in candidates(layers, width):
+    text = data.train_tokens is not None
+    for candidate in candidates(layers, width, text):
         part = candidate.select(data, layers, width)
-        router = _new(candidate, part, recipe)
+        router = _new(candidate, part, recipe, vocabulary)
         train_router(router, part, recipe.router, recipe.seed)
         figures = asdict(router_report(router.eval(), part, candidate.type, recipe.router.temperature))
         shown = {key: round(figures[key], 4) for key in ("accuracy", "negative_log_likelihood", "temperature")}
@@ -101,11 +110,13 @@ def _winner(measured: list[tuple[Candidate, dict]], rows: int) -> Candidate:
     return max(level, key=lambda item: (item[1]["accuracy"], -item[1]["negative_log_likelihood"]))[0]
 
 
-def _new(candidate: Candidate, data: RouterData, recipe: Recipe) -> nn.Module:
+def _new(candidate: Candidate, data: RouterData, recipe: Recipe, vocabulary: int) -> nn.Module:
     settings, size, experts = recipe.router, data.train.shape[1], int(data.train_experts.max()) + 1
     if candidate.type == "knn":
         dimension = min(settings.rank or _NEIGHBOUR_DIMENSION, size)
         return NeighbourRouter(size, experts, dimension, settings.exemplars, settings.neighbours)
     if candidate.type == "centroid":
         return CentroidRouter(size, list(data.centres))
+    if candidate.type == "lexical":
+        return LexicalRouter(size, list(data.centres), vocabulary)
     return (MLPRouter if candidate.type == "mlp" else LinearRouter)(size, experts)

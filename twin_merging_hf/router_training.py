@@ -2,15 +2,21 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from twin_merging_hf.modeling.routing_twin_merging import CentroidRouter, LinearRouter, MLPRouter, NeighbourRouter
+from twin_merging_hf.modeling.routing_twin_merging import (
+    CentroidRouter,
+    LexicalRouter,
+    LinearRouter,
+    MLPRouter,
+    NeighbourRouter,
+)
 
-from .closed_form import fit_centroid, fit_neighbours
+from .closed_form import fit_centroid, fit_lexical_weight, fit_lexicon, fit_neighbours
 from .compression import truncated_svd
 from .errors import TwinMergingError
 from .recipe import RouterSettings
@@ -39,6 +45,9 @@ class RouterData:
     held_out_experts: torch.Tensor
     train_groups: torch.Tensor | None = None
     centres: tuple[int, ...] = ()
+    train_tokens: list[torch.Tensor] | None = None
+    held_out_tokens: list[torch.Tensor] | None = None
+    """Token ids of each row, for `lexical`; None where rows are no text."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +124,33 @@ def train_router(
         _train_mlp(router, data, settings.epochs, settings.lr, seed, tick)
     elif isinstance(router, NeighbourRouter):
         fit_neighbours(router, data.train, data.train_experts, seed)
+    elif isinstance(router, LexicalRouter):
+        _fit_lexical(router, data)
     elif isinstance(router, CentroidRouter):
         groups = data.train_experts if data.train_groups is None else data.train_groups
         fit_centroid(router, data.train, groups)
     else:
         _fit_linear(router, data, tick)  # type: ignore[arg-type]
+
+
+def with_tokens(router: nn.Module, data: RouterData) -> RouterData:
+    """Put the sums over tokens behind the features that a `lexical` router scores; other routers' stay."""
+    if not isinstance(router, LexicalRouter):
+        return data
+    if data.train_tokens is None or data.held_out_tokens is None:
+        raise TwinMergingError("router `lexical` looks at tokens, and these rows have none; use `centroid`")
+    parts = ((data.train, data.train_tokens), (data.held_out, data.held_out_tokens))
+    train, held_out = (
+        torch.cat([f, torch.cat([router.lexical(i[None], None) for i in ids])], dim=1) for f, ids in parts
+    )
+    return replace(data, train=train, held_out=held_out)
+
+
+def _fit_lexical(router: LexicalRouter, data: RouterData) -> None:
+    groups = data.train_experts if data.train_groups is None else data.train_groups
+    fit_centroid(router, data.train, groups)
+    fit_lexicon(router, data.train_tokens or [], data.train_experts)
+    fit_lexical_weight(router, with_tokens(router, data).held_out, data.held_out_experts)
 
 
 def _fit_linear(router: LinearRouter, data: RouterData, tick: Callable[[str], None]) -> None:
@@ -205,7 +236,7 @@ def fit_temperature(logits: torch.Tensor, experts: torch.Tensor) -> float:
 @torch.no_grad()
 def router_report(router: nn.Module, data: RouterData, kind: str, temperature: float | None) -> RouterReport:
     """Measure a router on held-out rows; with `temperature=None`, fit it there."""
-    logits = router.score(data.held_out)  # type: ignore[operator]
+    logits = router.score(with_tokens(router, data).held_out)  # type: ignore[operator]
     if temperature is None:
         temperature = fit_temperature(logits, data.held_out_experts)
     chosen, experts = logits.argmax(dim=1), data.held_out_experts

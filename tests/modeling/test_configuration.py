@@ -42,7 +42,7 @@ WEIGHT = "bert.encoder.layer.0.output.dense.weight"
 BAD: dict[str, tuple[dict, str]] = {
     "router type": (
         {"router_type": "magic"},
-        "`router_type` must be one of linear, mlp, centroid, knn, projection.*'magic'",
+        "`router_type` must be one of linear, mlp, centroid, lexical, knn, projection.*'magic'",
     ),
     "router pass": ({"router_pass": "late"}, "`router_pass` must be one of prefix, full.*'late'"),
     "no layer": ({"router_layer": None}, "`router_layer`"),
