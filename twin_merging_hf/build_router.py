@@ -22,7 +22,7 @@ from .router_training import RouterData, RouterReport, centre_groups, router_rep
 from .separation import Separation, delta_from_base
 
 
-_PROJECTION_RANK = 16
+_PROJECTION_RANK = 32
 _NEIGHBOUR_DIMENSION = 64
 
 

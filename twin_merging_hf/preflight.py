@@ -165,6 +165,10 @@ def _check_absent(checkpoint: Checkpoint, recipe: Recipe, problems: list[str], n
 
 def _check_router_layer(recipe: Recipe, first: Checkpoint) -> None:
     layers = recipe.router.layers or ()
+    if recipe.router.type == "lexical" and input_kind(first) != "text":
+        raise TwinMergingError(
+            f"`router: lexical` looks at the tokens of texts, but these experts read {input_kind(first)}; use `centroid`"
+        )
     untrained = recipe.router.type == "auto" and any(expert.data is None for expert in recipe.experts)
     if recipe.router.router_pass == "full" and untrained:
         raise TwinMergingError(

@@ -79,8 +79,8 @@ class RouterSettings:
 
     type: str = "auto"
     """
-    `linear`, `mlp`, `centroid`, `knn`, `projection`, or `auto`: what does best on held-out rows if every expert has data,
-    else `projection`.
+    `linear`, `mlp`, `centroid`, `lexical`, `knn`, `projection`, or `auto`: what does best on held-out rows if every
+    expert has data, else `projection`.
     """
     layers: tuple[int, ...] | None = None
     """
@@ -97,7 +97,7 @@ class RouterSettings:
     none: float | None = None
     """The `none` route: the share of the experts' own held-out rows that may be taken for strange; None: no such route."""
     rank: int | None = None
-    """Dimension of each expert's subspace (`projection`: 16), or of the space of neighbours (`knn`: 64)."""
+    """Dimension of each expert's subspace (`projection`: 32), or of the space of neighbours (`knn`: 64)."""
     exemplars: int = 100
     """Rows kept of each expert (`knn`)."""
     neighbours: int = 10
@@ -377,7 +377,9 @@ def _layers(raw: Any) -> tuple[int, ...] | None:
     layers = raw if isinstance(raw, list) else [raw]
     legal = all(isinstance(layer, int) and not isinstance(layer, bool) and 0 <= layer < 1 << 20 for layer in layers)
     if not legal or not layers or len(set(layers)) != len(layers):
-        raise TwinMergingError(f"`router.layer` must be a layer's number, or a list of different ones, got {raw!r}")
+        raise TwinMergingError(
+            f"`router.layer` must be a layer's number (an integer of at least 0), or a list of different ones, got {raw!r}"
+        )
     return tuple(sorted(layers))
 
 
