@@ -148,7 +148,7 @@ def new_router(config) -> nn.Module:
     else:  # `centroid` is linear too: with one covariance, distances to centres differ by a linear function
         router = (MLPRouter if config.router_type == "mlp" else LinearRouter)(size, experts)
     if config.router_none_distance is not None:
-        router.novelty = Novelty(size, experts, max(1, experts - 1))
+        router.novelty = Novelty(size, experts, config.router_none_dimension or max(1, experts - 1))
     return router
 
 

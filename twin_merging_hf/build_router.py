@@ -17,6 +17,7 @@ from .inference import run_over
 from .preflight import Inputs
 from .probe import random_inputs
 from .progress import Progress
+from .recipe import Recipe
 from .router_choice import Candidate, candidate_layers, choose
 from .router_training import RouterData, RouterReport, router_report, subspace, train_router
 from .separation import Separation, delta_from_base
@@ -115,7 +116,7 @@ def make_router(
         model.config.router_temperature = recipe.router.temperature or 1.0
     if inputs.rows is None:
         return model, None
-    data = _router_data(model, inputs, progress)
+    data = router_data(model, inputs, progress)
     comparison: list[dict] = []
     if router_type(inputs) == "auto":
         layers, width = _auto_layers(first, inputs), first.config.hidden_size
@@ -123,17 +124,22 @@ def make_router(
         del model  # two at once would double the memory
         model = assemble(routing_fields(first, inputs, candidate))
         data = candidate.select(data, layers, width)
-    report = _fit(model, data, inputs, progress)
+    report = fit_router(model, data, inputs, progress)
     return model, replace(report, comparison=comparison)
 
 
-def _fit(model: Any, data: RouterData, inputs: Inputs, progress: Progress) -> RouterReport:
-    config, settings, seed = model.config, inputs.recipe.router, inputs.recipe.seed
-    given = settings.temperature
-    if config.router_type == "projection":
-        given = config.router_temperature
-    else:
-        train_router(model.router, data, config.router_type, settings, seed, progress.say)
+def fit_router(model: Any, data: RouterData, inputs: Inputs, progress: Progress) -> RouterReport:
+    """Train a model's router of the type that its config says (`projection` has nothing to train), and settle it."""
+    if model.config.router_type != "projection":
+        recipe = inputs.recipe
+        train_router(model.router, data, model.config.router_type, recipe.router, recipe.seed, progress.say)
+    return settle_router(model, data, inputs.recipe)
+
+
+def settle_router(model: Any, data: RouterData, recipe: Recipe) -> RouterReport:
+    """Fit a finished router's temperature and its `none` route, in place, and measure it on held-out rows."""
+    config, settings = model.config, recipe.router
+    given = config.router_temperature if config.router_type == "projection" else settings.temperature
     model.router.eval()
     report = router_report(model.router, data, config.router_type, given)
     config.router_temperature = report.temperature
@@ -163,21 +169,22 @@ def _reader_delta(expert: Checkpoint, reader: str, inputs: Inputs, separation: S
     return delta.T if type(expert.skeleton.get_submodule(reader)) is Conv1D else delta
 
 
-def _router_data(model: Any, inputs: Inputs, progress: Progress) -> RouterData:
+def router_data(
+    model: Any, inputs: Inputs, progress: Progress, needed: tuple[str, ...] = ("train", "held_out")
+) -> RouterData:
+    """Routing features of every expert's rows; parts that are not `needed` are empty."""
     assert inputs.rows is not None and inputs.processing is not None
     parts: dict[str, list[torch.Tensor]] = {"train": [], "held_out": []}
     experts: dict[str, list[int]] = {"train": [], "held_out": []}
     step: Callable[[dict], torch.Tensor] = lambda batch: model.routing_features(**batch)  # noqa: E731
-    bar = progress.counter("router features", sum(len(r.train) + len(r.held_out) for r in inputs.rows))
+    bar = progress.counter("router features", sum(len(getattr(r, part)) for r in inputs.rows for part in needed))
     for index, rows in enumerate(inputs.rows):
-        for part in parts:
+        for part in needed:
             chosen = getattr(rows, part)
             parts[part].append(run_over(model, chosen, inputs.processing, step, bar.update))
             experts[part] += [index] * len(chosen)
     bar.close()
-    return RouterData(
-        torch.cat(parts["train"]),
-        torch.tensor(experts["train"]),
-        torch.cat(parts["held_out"]),
-        torch.tensor(experts["held_out"]),
-    )
+    empty = torch.zeros(0, model.config.router_input_size)
+    features = {part: torch.cat(found) if found else empty for part, found in parts.items()}
+    owners = {part: torch.tensor(found, dtype=torch.long) for part, found in experts.items()}
+    return RouterData(features["train"], owners["train"], features["held_out"], owners["held_out"])
