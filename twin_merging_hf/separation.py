@@ -199,7 +199,7 @@ def _needs_compression(
         return False
     result.energy += energy
     if not recipe.gets_delta(name):
-        result.coverage[name] = {"treatment": "excluded", "dropped_energy": energy, "energy": listed}
+        result.coverage[name] = {"treatment": "excluded", "dropped_energy": sum(listed), "energy": listed}
         result.lost += energy
         return False
     if no_rule:
@@ -247,7 +247,7 @@ def _add(result: Separation, name: str, stored: Stored, sizes: dict, treatment: 
         treatment = "dropped"
     result.coverage[name] = stored.coverage(treatment, unit)
     if treatment == "dropped":
-        result.coverage[name]["dropped_energy"] = sum(stored.energies)
+        result.coverage[name]["dropped_energy"] = sum(result.coverage[name]["energy"])
 
 
 def _spend_budget(result: Separation, spectra: dict[str, list[Spectrum]], inputs: Inputs) -> None:
