@@ -12,6 +12,7 @@ from tests.test_editing import QUIET, Bench, assert_same, backbone, of_router
 from twin_merging_hf import TwinMergingError, editing
 from twin_merging_hf.artifact import check_artifact
 from twin_merging_hf.builder import build_artifact
+from twin_merging_hf.evaluate_artifact import evaluate_artifact
 from twin_merging_hf.row_hashes import read_hashes, row_hash
 
 
@@ -252,6 +253,21 @@ def test_rows_of_all_who_were_ever_there_stay_recorded(world, tmp_path):
     assert set(found["b"]["train"]) == rows["b"] | rows["c"] and set(found["a"]["train"]) == rows["a"]
     for folder in (more, less, replaced):
         assert "rows.json" in files.read_json(folder / "config.json")["provenance"]["companions"]
+
+
+def test_evaluate_refuses_rows_of_the_newcomer_and_of_the_one_who_left(world, tmp_path):
+    bench = Bench(world.experts("bert"), tmp_path)
+    files.write_rows(tmp_path / "new.jsonl", [{"text": f"{tiny.WORDS[i]} unseen", "label": i % 2} for i in range(8)])
+    replaced = editing.replace_expert(bench.artifact, bench.folder / "new", bench.newcomer("a"), None, QUIET).folder
+    data = {"a": bench.folder / "c.jsonl"}
+    with pytest.raises(TwinMergingError, match="20 of 20 rows overlap: 20 among the train rows of 'a'"):
+        evaluate_artifact(replaced, data)
+    less = remove(replaced, "b", bench.folder / "less").folder
+    rows = [json.loads(line) for line in (bench.folder / "b.jsonl").read_text().splitlines()]
+    files.write_rows(tmp_path / "old.jsonl", [{**row, "label": 0} for row in rows])
+    with pytest.raises(TwinMergingError, match="20 of 20 rows overlap: 20 among the train rows of 'b'"):
+        evaluate_artifact(less, {"a": tmp_path / "old.jsonl"})
+    assert evaluate_artifact(less, {"a": tmp_path / "new.jsonl"}, resamples=10)["artifact"] == str(less)
 
 
 def test_figures_of_the_newcomer_are_measured_and_the_others_kept(world, tmp_path):
