@@ -74,6 +74,8 @@ class TwinMergingConfig(PreTrainedConfig):
             For `knn`: rows kept of each expert, and how many of all of them vote.
         router_none_distance (`float`, *optional*):
             Rows stranger than this get no expert (weights of 0: the shared model answers). None: every row gets one.
+        router_none_dimension (`int`, *optional*):
+            Dimension of the space in which strangeness is measured; None: one less than there are experts (at least 1).
         format_version (`int`):
             Version of this layout; a newer one than the code knows is refused.
         provenance (`dict`):
@@ -106,6 +108,7 @@ class TwinMergingConfig(PreTrainedConfig):
     router_exemplars: int = 0
     router_neighbours: int = 0
     router_none_distance: float | None = None
+    router_none_dimension: int | None = None
     router_temperature: float = 1.0
     router_top_k: int | None = None
     format_version: int = FORMAT_VERSION
@@ -233,6 +236,9 @@ class TwinMergingConfig(PreTrainedConfig):
         distance = self.router_none_distance
         if distance is not None and (isinstance(distance, bool) or not isinstance(distance, (int, float))):
             raise ValueError(f"`router_none_distance` must be a number or null, got {distance!r}")
+        dimension = self.router_none_dimension
+        if dimension is not None and (isinstance(dimension, bool) or not isinstance(dimension, int) or dimension < 1):
+            raise ValueError(f"`router_none_dimension` must be a positive integer or null, got {dimension!r}")
         if self.router_input_size < 1:
             raise ValueError(f"`router_input_size` must be positive, got {self.router_input_size!r}")
         if not self.router_temperature > 0:

@@ -203,7 +203,7 @@ def new_router(config) -> nn.Module:
     else:
         router = (MLPRouter if config.router_type == "mlp" else LinearRouter)(size, experts)
     if config.router_none_distance is not None:
-        router.novelty = Novelty(size, experts, max(1, experts - 1))
+        router.novelty = Novelty(size, experts, config.router_none_dimension or max(1, experts - 1))
     return router
 
 

@@ -17,8 +17,6 @@ from twin_merging_hf.cli import app
 from twin_merging_hf.editing import Newcomer
 from twin_merging_hf.progress import Progress
 from twin_merging_hf.recipe import load_recipe
-from twin_merging_hf.separation import Separation
-from twin_merging_hf.stacking import trimmed
 
 
 QUIET = Progress(quiet=True)
@@ -298,18 +296,6 @@ def test_one_expert_grows_to_a_union_and_back(world, tmp_path):
     assert any("from `same` to `union`" in note for note in more.report["edits"][-1]["notes"])
     back = editing.remove_expert(more.folder, "c", bench.folder / "back", progress=QUIET)
     assert back.labels == ["x", "y"] and check_artifact(back.folder) == []
-
-
-def test_leading_directions_are_what_a_trim_leaves():
-    up, down = torch.randn(6, 3), torch.randn(3, 5)
-    state = {"deltas.w.up": up, "deltas.w.down": down}
-    whole = Separation(state, {"w": [3]}, [], {"w": {"treatment": "factored", "ranks": [3], "energy_kept": [0.8]}})
-    cut = trimmed(whole, {"w": 2})
-    assert torch.equal(cut.state["deltas.w.up"], up[:, :2]) and torch.equal(cut.state["deltas.w.down"], down[:2])
-    energies = [float((up[:, i].norm() * down[i].norm()) ** 2) for i in range(3)]
-    share = sum(energies[:2]) / sum(energies)
-    assert cut.ranks == {"w": [2]} and cut.coverage["w"]["energy_kept"] == [pytest.approx(0.8 * share, abs=1e-5)]
-    assert whole.ranks == {"w": [3]}
 
 
 # ---- refusals ---------------------------------------------------------------------------------------------------

@@ -131,6 +131,21 @@ def test_a_merge_for_each_group_answers_as_the_factors(world, kind, rows, proces
     assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
+@pytest.mark.parametrize("form", [{"dtype": "int8"}, {"dtype": "int4"}, {"method": "magnitude", "ratio": 0.2}])
+@pytest.mark.parametrize("weights", [[0.3, 0.5, 0.2], [0.0, 1.0, 0.0]])
+def test_a_merge_of_packed_and_sparse_deltas_answers_as_the_artifact(world, form, weights):
+    form = form if "method" in form else {"rank": 4, **form}
+    model, inputs, row = world.model("bert", exclusive=form), tiny.batch("bert", 4), torch.tensor(weights)
+    merged = grouping.MergedModel(model)
+    merged.become(torch.tensor([1.0, 0.0, 0.0]))  # nothing of an earlier merge may stay
+    merged.become(row)
+    with torch.no_grad():
+        expected = model(**inputs, expert_weights=row[None])
+        logits, expert_logits = merged.answer(inputs, row)
+    torch.testing.assert_close(expert_logits, expected.expert_logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, expected.logits, atol=1e-4, rtol=1e-5)
+
+
 def test_as_many_groups_as_rows_change_no_answer_and_one_group_does(world, kind, rows, processing):
     model = world.model(kind)
     inputs = processing.inputs(rows)

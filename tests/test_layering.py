@@ -57,8 +57,8 @@ ALLOWED: dict[str, set[str]] = {
     "starter": {"checkpoints", "data", "errors", "modeling", "preflight", "processing"},
     "progress": set(),
     "build_router": {
-        "checkpoints", "closed_form", "errors", "inference", "modeling", "preflight", "probe", "progress", "router_choice",
-        "router_training", "separation",
+        "checkpoints", "closed_form", "errors", "inference", "modeling", "preflight", "probe", "progress", "recipe",
+        "router_choice", "router_training", "separation",
     },
     "calibration": {"evaluation", "modeling", "preflight", "router_training"},
     "builder": {
@@ -74,17 +74,29 @@ ALLOWED: dict[str, set[str]] = {
         "artifact", "builder", "data", "errors", "evaluation", "pictures", "preflight", "progress", "recipe",
         "shared_merge", "verdict",
     },
-    "grouping": {"errors", "evaluation", "inference", "modeling", "probe", "processing"},
-    "stacking": {"artifact", "errors", "modeling", "separation"},
+    "materialise": {"modeling"},
+    "grouping": {"errors", "evaluation", "inference", "materialise", "modeling", "processing"},
+    "coverage": {"modeling"},
+    "stacking": {"artifact", "coverage", "errors", "modeling", "separation"},
     "drift": {"preflight", "separation"},
+    "edit_source": {"artifact", "checkpoints", "errors", "modeling", "preflight", "progress", "stacking"},
     "edit_recipe": {"errors", "recipe"},
+    "edit_newcomer": {"edit_source", "errors", "modeling", "preflight", "recipe", "separation"},
     "edit_router": {
-        "build_router", "checkpoints", "errors", "inference", "modeling", "preflight", "router_training", "separation",
+        "build_router", "checkpoints", "edit_source", "errors", "modeling", "preflight", "progress", "router_training",
+        "separation",
+    },
+    "edit_record": {
+        "artifact", "builder", "coverage", "drift", "edit_router", "edit_source", "modeling", "preflight", "row_hashes",
+        "stacking", "verdict",
+    },
+    "edit_folder": {
+        "artifact", "builder", "drift", "edit_record", "edit_router", "edit_source", "errors", "hub_upload", "pictures",
+        "preflight", "probe", "progress", "row_hashes", "stacking", "verdict",
     },
     "editing": {
-        "artifact", "build_router", "builder", "checkpoints", "drift", "edit_recipe", "edit_router", "errors", "hub_upload",
-        "modeling", "pictures", "preflight", "probe", "processing", "progress", "recipe", "router_training", "separation",
-        "stacking", "verdict",
+        "artifact", "drift", "edit_folder", "edit_newcomer", "edit_recipe", "edit_record", "edit_router", "edit_source",
+        "errors", "modeling", "preflight", "processing", "progress", "recipe", "separation", "stacking", "verdict",
     },
     "cli": {
         "_version", "artifact", "builder", "demo", "editing", "errors", "evaluate_artifact", "evaluate_table", "progress",

@@ -235,8 +235,9 @@ def test_a_delta_without_rule_fails_and_the_line_in_the_message_helps(world, no_
     entry = result.coverage[TABLE]
     a, b, c = (stored(folder, name)[TABLE] for name in NAMES)
     mean = (a + b + c) / 3
-    energy = sum(float((expert - mean).pow(2).sum()) for expert in (a, b, c))
-    assert entry == {"treatment": "excluded", "dropped_energy": pytest.approx(energy, rel=1e-4)}
+    energies = [float((expert - mean).pow(2).sum()) for expert in (a, b, c)]
+    expected = {"dropped_energy": pytest.approx(sum(energies), rel=1e-4), "energy": pytest.approx(energies, rel=1e-4)}
+    assert entry == {"treatment": "excluded", **expected}
     recipe = tiny.write_recipe(folder, file="advised.yaml", **advice)
     report = build_artifact(recipe, tmp_path / "out", Progress(quiet=True)).report
     assert report["tensors"][TABLE]["treatment"] == "excluded"

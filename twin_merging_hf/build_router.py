@@ -17,6 +17,7 @@ from .inference import run_over, token_ids
 from .preflight import Inputs
 from .probe import random_inputs
 from .progress import Progress
+from .recipe import Recipe
 from .router_choice import Candidate, candidate_layers, choose
 from .router_training import RouterData, RouterReport, centre_groups, router_report, subspace, train_router
 from .separation import Separation, delta_from_base
@@ -117,7 +118,7 @@ def make_router(
         model.config.router_temperature = recipe.router.temperature or 1.0
     if inputs.rows is None:
         return model, None
-    data = _router_data(model, inputs, progress)
+    data = router_data(model, inputs, progress)
     comparison: list[dict] = []
     if router_type(inputs) == "auto":
         layers, width = _auto_layers(first, inputs), first.config.hidden_size
@@ -125,17 +126,22 @@ def make_router(
         del model  # two at once would double the memory
         model = assemble(routing_fields(first, inputs, candidate))
         data = candidate.select(data, layers, width)
-    report = _fit(model, data, inputs, progress)
+    report = fit_router(model, data, inputs, progress)
     return model, replace(report, comparison=comparison)
 
 
-def _fit(model: Any, data: RouterData, inputs: Inputs, progress: Progress) -> RouterReport:
-    config, settings, seed = model.config, inputs.recipe.router, inputs.recipe.seed
-    given = settings.temperature
-    if config.router_type == "projection":
-        given = config.router_temperature
-    else:
-        train_router(model.router, data, settings, seed, progress.say)
+def fit_router(model: Any, data: RouterData, inputs: Inputs, progress: Progress) -> RouterReport:
+    """Train a model's router of the type that its config says (`projection` has nothing to train), and settle it."""
+    if model.config.router_type != "projection":
+        recipe = inputs.recipe
+        train_router(model.router, data, recipe.router, recipe.seed, progress.say)
+    return settle_router(model, data, inputs.recipe)
+
+
+def settle_router(model: Any, data: RouterData, recipe: Recipe) -> RouterReport:
+    """Fit a finished router's temperature and its `none` route, in place, and measure it on held-out rows."""
+    config, settings = model.config, recipe.router
+    given = config.router_temperature if config.router_type == "projection" else settings.temperature
     model.router.eval()
     report = router_report(model.router, data, config.router_type, given)
     config.router_temperature = report.temperature
@@ -170,27 +176,35 @@ def row_centres(inputs: Inputs) -> tuple[torch.Tensor, tuple[int, ...]]:
     return centre_groups([[row.get("label") for row in rows.train] for rows in inputs.rows or []])
 
 
-def _router_data(model: Any, inputs: Inputs, progress: Progress) -> RouterData:
+def router_data(
+    model: Any, inputs: Inputs, progress: Progress, needed: tuple[str, ...] = ("train", "held_out")
+) -> RouterData:
+    """Routing features of every expert's rows; parts that are not `needed` are empty."""
     assert inputs.rows is not None and inputs.processing is not None
     tokens: dict[str, list[torch.Tensor]] = {"train": [], "held_out": []}
     parts: dict[str, list[torch.Tensor]] = {"train": [], "held_out": []}
     experts: dict[str, list[int]] = {"train": [], "held_out": []}
-    step: Callable[[dict], torch.Tensor] = lambda batch: model.routing_features(**batch)  # noqa: E731
-    bar = progress.counter("router features", sum(len(r.train) + len(r.held_out) for r in inputs.rows))
+    # What tokens say is put behind the states later, once it is known (`with_tokens`).
+    states = slice(model.config.router_input_size if model.config.router_type == "lexical" else None)
+    step: Callable[[dict], torch.Tensor] = lambda batch: model.routing_features(**batch)[:, states]  # noqa: E731
+    bar = progress.counter("router features", sum(len(getattr(r, part)) for r in inputs.rows for part in needed))
     for index, rows in enumerate(inputs.rows):
-        for part in parts:
+        for part in needed:
             chosen = getattr(rows, part)
             parts[part].append(run_over(model, chosen, inputs.processing, step, bar.update))
             experts[part] += [index] * len(chosen)
-            if inputs.kind == "text":
+            if inputs.processing.kind == "text":
                 tokens[part] += token_ids(chosen, inputs.processing)
     bar.close()
+    empty = torch.zeros(0, model.config.router_input_size)
+    features = {part: torch.cat(found) if found else empty for part, found in parts.items()}
+    owners = {part: torch.tensor(found, dtype=torch.long) for part, found in experts.items()}
     return RouterData(
-        torch.cat(parts["train"]),
-        torch.tensor(experts["train"]),
-        torch.cat(parts["held_out"]),
-        torch.tensor(experts["held_out"]),
-        *row_centres(inputs),
+        features["train"],
+        owners["train"],
+        features["held_out"],
+        owners["held_out"],
+        *(row_centres(inputs) if "train" in needed else (None, ())),
         tokens["train"] or None,
         tokens["held_out"] or None,
     )

@@ -71,6 +71,7 @@ def fit_lexicon(router: LexicalRouter, tokens: list[torch.Tensor], experts: torc
         router.scale.fill_(scale)
 
 
+@torch.no_grad()
 def fit_lexical_weight(router: LexicalRouter, held_out: torch.Tensor, experts: torch.Tensor) -> None:
     """Choose how much the tokens count, beside the states, by the likelihood of held-out rows at the best temperature."""
     best, chosen = float("inf"), 0.0

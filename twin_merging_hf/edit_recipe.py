@@ -78,7 +78,12 @@ class StoredRecipe:
         return local[0] if local else None
 
     def recipe(
-        self, names: Sequence[str], newcomer: Newcomer | None, folder: Path, built_from: Sequence[str]
+        self,
+        names: Sequence[str],
+        newcomer: Newcomer | None,
+        folder: Path,
+        built_from: Sequence[str],
+        needs_data: bool = False,
     ) -> Recipe:
         """
         The recipe of the artifact with these experts, in order.
@@ -86,11 +91,19 @@ class StoredRecipe:
         Args:
             newcomer: the one of `names` that joins; its paths are rewritten to be relative to `folder`.
             built_from: the experts that the shared model was made of.
+            needs_data: whether every expert needs rows.
 
         Raises:
-            TwinMergingError: the result is no possible recipe (a trained router without the newcomer's data, say).
+            TwinMergingError: the result is no possible recipe, or rows are missing.
         """
         entries = [self._entry(name, newcomer, folder) for name in names]
+        if needs_data:
+            for entry in entries:
+                if entry.get("data") is None:
+                    raise TwinMergingError(
+                        f"expert {entry['name']!r} has no rows, and the artifact's router is fitted to rows of all "
+                        "experts; give --data FILE with rows of a new expert, or `data` in the recipe"
+                    )
         content = {**self.content, "experts": entries}
         router = content.get("router")
         if isinstance(router, dict) and isinstance(router.get("top_k"), int) and router["top_k"] > len(names):

@@ -42,12 +42,18 @@ class Stored:
         return {
             "treatment": treatment,
             sizes: self.sizes,
+            "energy": [shown(e) for e in self.energies],
             "energy_kept": [1.0 if z else round(k / e, 6) for z, (e, k, _) in zip(zero, pairs, strict=True)],
             "relative_error": [
                 0.0 if z else round((lo / e) ** 0.5, 6) for z, (e, _, lo) in zip(zero, pairs, strict=True)
             ],
             "bytes": self.bytes,
         }
+
+
+def shown(energy: float) -> float:
+    """An energy as reports give it."""
+    return float(f"{energy:.8g}")
 
 
 def direction_bytes(m: int, n: int, storage: str, model_dtype: torch.dtype) -> int:

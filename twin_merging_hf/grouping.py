@@ -20,7 +20,7 @@ from twin_merging_hf.modeling.shared_twin_merging import build_shared
 from .errors import TwinMergingError, require_extra
 from .evaluation import pearson
 from .inference import run_over
-from .probe import dense_delta
+from .materialise import Materialised
 from .processing import Processing
 
 
@@ -142,8 +142,7 @@ class MergedModel:
         reference = next(p for p in model.shared.parameters() if p.is_floating_point())
         self.stock.to(device=reference.device, dtype=reference.dtype).eval()
         self.stock.load_state_dict(model.shared.state_dict())
-        self._tensors = {k: v for k, v in model.state_dict().items() if k.startswith("deltas.")}
-        self._start = dict(model.shared.named_parameters())
+        self._merge = Materialised(model, self.stock)
         self._accepted = set(inspect.signature(type(self.stock).forward).parameters)
 
     def _refuse_unreadable(self) -> None:
@@ -154,16 +153,9 @@ class MergedModel:
                 "on one device, unquantised"
             )
 
-    @torch.no_grad()
     def become(self, weights: torch.Tensor) -> None:
         """Set the stock model's weights to `shared + sum_t weights[t] * delta_t`, from the artifact's tensors."""
-        config = self.artifact.config
-        for name, parameter in self.stock.named_parameters():
-            start = self._start[name]
-            if name not in config.ranks and name not in config.exact_deltas:
-                continue  # no delta: it is the shared model's already
-            delta = dense_delta(config, self._tensors, weights.to(start.device), name, start.shape)
-            parameter.copy_((start.float() + delta).to(start.dtype))
+        self._merge.set(weights)
 
     def answer(self, inputs: dict[str, torch.Tensor], weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`logits` and `expert_logits` [row, label] of model inputs; `weights` [expert] mix the heads."""

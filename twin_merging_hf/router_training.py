@@ -134,16 +134,13 @@ def train_router(
 
 
 def with_tokens(router: nn.Module, data: RouterData) -> RouterData:
-    """Put the sums over tokens behind the features that a `lexical` router scores; other routers' stay."""
+    """Put the sums over tokens behind the held-out features that a `lexical` router scores; other routers' stay."""
     if not isinstance(router, LexicalRouter):
         return data
-    if data.train_tokens is None or data.held_out_tokens is None:
+    if data.held_out_tokens is None:
         raise TwinMergingError("router `lexical` looks at tokens, and these rows have none; use `centroid`")
-    parts = ((data.train, data.train_tokens), (data.held_out, data.held_out_tokens))
-    train, held_out = (
-        torch.cat([f, torch.cat([router.lexical(i[None], None) for i in ids])], dim=1) for f, ids in parts
-    )
-    return replace(data, train=train, held_out=held_out)
+    sums = [router.lexical(ids[None], None) for ids in data.held_out_tokens]
+    return replace(data, held_out=torch.cat([data.held_out, torch.cat(sums)], dim=1))
 
 
 def _fit_lexical(router: LexicalRouter, data: RouterData) -> None:

@@ -5,7 +5,7 @@ Peak memory is one tensor of every expert, plus the result. A budget takes two p
 singular values, one that truncates to the ranks that the budget gives.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,7 @@ from .budget import Candidate, allocate
 from .checkpoints import Checkpoint
 from .compression import FIRST_CAP, Spectrum, rank_for_energy, spectrum
 from .errors import TwinMergingError
-from .exclusive import Stored, direction_bytes, store_entries, store_factors
+from .exclusive import Stored, direction_bytes, shown, store_entries, store_factors
 from .preflight import Inputs, uncovered
 from .recipe import Recipe
 from .shared_merge import merge_tensor
@@ -64,9 +64,16 @@ class Separation:
         }
 
 
-def separate(inputs: Inputs, tick: Callable[[str], None] = lambda name: None) -> Separation:
+def separate(
+    inputs: Inputs,
+    tick: Callable[[str], None] = lambda name: None,
+    ranks: Mapping[str, list[int]] | None = None,
+) -> Separation:
     """
     Merge all backbone tensors and compress what each expert has beyond the shared model; heads are copied exactly.
+
+    Args:
+        ranks: of each expert's factors, by tensor, where they are decided already; they come before the recipe's.
 
     Raises:
         TwinMergingError: a non-zero delta that no rule can apply, with the `exclude` line that would drop it; a budget
@@ -93,7 +100,9 @@ def separate(inputs: Inputs, tick: Callable[[str], None] = lambda name: None) ->
         deltas = _deltas(experts, shared)
         if not _needs_compression(result, name, deltas, name in not_covered, recipe, dtype):
             continue
-        if recipe.exclusive.budget is not None:
+        if ranks is not None and name in ranks:
+            _store(result, name, deltas, inputs, ranks[name])
+        elif recipe.exclusive.budget is not None:
             spectra[name] = [spectrum(as_matrix(d), t) for d, t in zip(deltas, _seeds(recipe, name), strict=True)]
             result.coverage[name] = {}  # keeps the order of the report; filled below
         else:
@@ -183,13 +192,14 @@ def _needs_compression(
     result: Separation, name: str, deltas: list[torch.Tensor], no_rule: bool, recipe: Recipe, dtype: torch.dtype
 ) -> bool:
     """Settle tensors that are equal, excluded or vectors; true for those whose deltas are to be compressed."""
-    energy = sum(float(delta.double().pow(2).sum()) for delta in deltas)
+    energies = [float(delta.double().pow(2).sum()) for delta in deltas]
+    energy, listed = sum(energies), [shown(e) for e in energies]
     if energy == 0:
         result.coverage[name] = {"treatment": "equal"}
         return False
     result.energy += energy
     if not recipe.gets_delta(name):
-        result.coverage[name] = {"treatment": "excluded", "dropped_energy": energy}
+        result.coverage[name] = {"treatment": "excluded", "dropped_energy": sum(listed), "energy": listed}
         result.lost += energy
         return False
     if no_rule:
@@ -202,7 +212,7 @@ def _needs_compression(
     result.exact.append(name)
     # Vectors weigh nothing and norms react to rounding, so they keep the model's own precision.
     result.state[exact_key(name)] = torch.stack(deltas).to(dtype)
-    result.coverage[name] = {"treatment": "exact", "bytes": result.state[exact_key(name)].nbytes}
+    result.coverage[name] = {"treatment": "exact", "energy": listed, "bytes": result.state[exact_key(name)].nbytes}
     result.kept += energy
     return False
 
@@ -237,7 +247,7 @@ def _add(result: Separation, name: str, stored: Stored, sizes: dict, treatment: 
         treatment = "dropped"
     result.coverage[name] = stored.coverage(treatment, unit)
     if treatment == "dropped":
-        result.coverage[name]["dropped_energy"] = sum(stored.energies)
+        result.coverage[name]["dropped_energy"] = sum(result.coverage[name]["energy"])
 
 
 def _spend_budget(result: Separation, spectra: dict[str, list[Spectrum]], inputs: Inputs) -> None:

@@ -1,24 +1,25 @@
 """
 An artifact's tensors as stacks over experts: one expert is taken out or put in, every other byte stays as it is.
 
-Stored tensors are cut and joined along the rank axis (or the expert axis) as they are, whatever their type: nothing is
-multiplied out, widened or rounded.
+Stored tensors are cut and joined along the rank axis (of sparse deltas, the entries; of vectors, the experts) as they
+are, whatever their type: nothing is multiplied out, unpacked, widened or rounded. int4 packs along the other axis.
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from twin_merging_hf.modeling.deltas_twin_merging import delta_key
 
 from .artifact import exact_key
+from .coverage import with_item, without_item
 from .errors import TwinMergingError
 from .separation import Separation
 
 
-# Which axis of a factored delta's stored tensors counts ranks.
-_RANK_AXIS = {"up": 1, "down": 0, "scale": 0}
+# Which axis of a delta's stored tensors counts ranks, or entries.
+_AXIS = {"up": 1, "down": 0, "scale": 0, "values": 0, "indices": 0}
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Stack:
     All of an artifact but its router.
 
     entries: config entries of the experts, in order.
-    head_modules, ranks, exact: as in the config.
+    head_modules, ranks, exact, sparse: as in the config.
     state: tensors by state-dict key (`shared.*`, `deltas.*`).
     coverage: what became of each tensor, as `tensors` in report.json.
     """
@@ -38,6 +39,7 @@ class Stack:
     exact: list[str]
     state: dict[str, torch.Tensor]
     coverage: dict[str, dict]
+    sparse: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -48,18 +50,19 @@ def without_expert(stack: Stack, position: int) -> Stack:
     """The stack without the expert at `position`; a delta that no other expert has goes altogether."""
     result = _copied(stack)
     name = stack.names[position]
-    for tensor, ranks in stack.ranks.items():
-        rest = [*ranks[:position], *ranks[position + 1 :]]
-        start, stop = sum(ranks[:position]), sum(ranks[: position + 1])
-        for key, axis in _factor_tensors(stack.state, tensor).items():
-            value = result.state.pop(key)
+    for sizes, kept in ((stack.ranks, result.ranks), (stack.sparse, result.sparse)):
+        for tensor, counts in sizes.items():
+            rest = [*counts[:position], *counts[position + 1 :]]
+            start, stop = sum(counts[:position]), sum(counts[: position + 1])
+            for key, axis in _stored_tensors(stack.state, tensor).items():
+                value = result.state.pop(key)
+                if any(rest):
+                    before, after = value.narrow(axis, 0, start), value.narrow(axis, stop, value.shape[axis] - stop)
+                    result.state[key] = torch.cat([before, after], dim=axis).contiguous()
             if any(rest):
-                before, after = value.narrow(axis, 0, start), value.narrow(axis, stop, value.shape[axis] - stop)
-                result.state[key] = torch.cat([before, after], dim=axis).contiguous()
-        if any(rest):
-            result.ranks[tensor] = rest
-        else:
-            del result.ranks[tensor]
+                kept[tensor] = rest
+            else:
+                del kept[tensor]
     for tensor in stack.exact:
         value = stack.state[exact_key(tensor)]
         value = torch.cat([value[:position], value[position + 1 :]]).contiguous()
@@ -70,8 +73,8 @@ def without_expert(stack: Stack, position: int) -> Stack:
     _move_heads(result.state, stack, {i: i - (i > position) for i in range(len(stack.entries)) if i != position})
     result.entries.pop(position)
     coverage = {key: value for key, value in stack.coverage.items() if not key.startswith(f"{name}:")}
-    coverage = {key: _without_item(value, position, len(stack.entries)) for key, value in coverage.items()}
-    return replace(result, coverage=_without_delta(result, coverage))
+    coverage = {key: without_item(value, position, len(stack.entries)) for key, value in coverage.items()}
+    return replace(result, coverage=coverage)
 
 
 def with_expert(stack: Stack, separation: Separation, entry: dict, position: int) -> Stack:
@@ -81,32 +84,43 @@ def with_expert(stack: Stack, separation: Separation, entry: dict, position: int
     Args:
         separation: the new expert's alone, from the stack's shared model.
         entry: its config entry.
+
+    Raises:
+        TwinMergingError: its deltas are stored in another form than the stack's.
     """
     result = _copied(stack)
     count = len(stack.entries)
-    for tensor in list(dict.fromkeys([*stack.ranks, *separation.ranks])):
-        ranks = stack.ranks.get(tensor, [0] * count)
-        result.ranks[tensor] = [*ranks[:position], *separation.ranks.get(tensor, [0]), *ranks[position:]]
-        start = sum(ranks[:position])
-        for key, axis in _factor_tensors(separation.state, tensor).items():
-            new = separation.state[key]
-            result.state[key] = _joined(stack.state.get(key), new, axis, start)
+    if (stack.ranks and separation.sparse) or (stack.sparse and separation.ranks):
+        raise TwinMergingError(
+            f"the artifact's deltas are stored as {'factors' if stack.ranks else 'single entries'}, those of "
+            f"{entry['name']!r} by this recipe's `exclusive.method` are not; give a recipe with the artifact's method"
+        )
+    for old, new, joined in (
+        (stack.ranks, separation.ranks, result.ranks),
+        (stack.sparse, separation.sparse, result.sparse),
+    ):
+        for tensor in dict.fromkeys([*old, *new]):
+            counts = old.get(tensor, [0] * count)
+            joined[tensor] = [*counts[:position], *new.get(tensor, [0]), *counts[position:]]
+            start = sum(counts[:position])
+            for key, axis in _stored_tensors(separation.state, tensor).items():
+                result.state[key] = _joined(stack.state.get(key), separation.state[key], axis, start)
     for tensor in list(dict.fromkeys([*stack.exact, *separation.exact])):
-        old, new = (part.state.get(exact_key(tensor)) for part in (stack, separation))
-        if old is None:
-            assert new is not None
-            old = new.new_zeros(count, *new.shape[1:])
+        before, own = (part.state.get(exact_key(tensor)) for part in (stack, separation))
+        if before is None:
+            assert own is not None
+            before = own.new_zeros(count, *own.shape[1:])
             result.exact.append(tensor)
-        new = old.new_zeros(1, *old.shape[1:]) if new is None else new
-        result.state[exact_key(tensor)] = _joined(old, new, 0, position)
+        own = before.new_zeros(1, *before.shape[1:]) if own is None else own
+        result.state[exact_key(tensor)] = _joined(before, own, 0, position)
     _move_heads(result.state, stack, {i: i + (i >= position) for i in range(count)})
     for module in stack.head_modules:
-        own = f"shared.{module}.heads.0."
-        for key in [key for key in separation.state if key.startswith(own)]:
-            result.state[f"shared.{module}.heads.{position}.{key.removeprefix(own)}"] = separation.state[key]
+        prefix = f"shared.{module}.heads.0."
+        for key in [key for key in separation.state if key.startswith(prefix)]:
+            result.state[f"shared.{module}.heads.{position}.{key.removeprefix(prefix)}"] = separation.state[key]
     result.entries.insert(position, entry)
     coverage = {
-        key: _with_item(stack.coverage.get(key), separation.coverage.get(key), position, count)
+        key: with_item(stack.coverage.get(key), separation.coverage.get(key), position, count)
         for key in dict.fromkeys([*stack.coverage, *separation.coverage])
     }
     return replace(result, coverage=coverage)
@@ -120,20 +134,21 @@ def _copied(stack: Stack) -> Stack:
         list(stack.exact),
         dict(stack.state),
         {},
+        dict(stack.sparse),
     )
 
 
-def _factor_tensors(state: dict[str, torch.Tensor], tensor: str) -> dict[str, int]:
-    """State-dict keys of a factored delta's stored tensors, with their rank axis."""
+def _stored_tensors(state: dict[str, torch.Tensor], tensor: str) -> dict[str, int]:
+    """State-dict keys of a delta's stored tensors, with the axis that counts ranks or entries."""
     prefix = f"deltas.{delta_key(tensor)}."
     found = {}
     for key in [key for key in state if key.startswith(prefix)]:
         part = key.removeprefix(prefix)
-        if part not in _RANK_AXIS:
+        if part not in _AXIS:
             raise TwinMergingError(
                 f"the deltas of {tensor!r} are stored with {part!r}, which cannot be cut by expert; build the artifact again"
             )
-        found[key] = _RANK_AXIS[part]
+        found[key] = _AXIS[part]
     return found
 
 
@@ -141,7 +156,8 @@ def _joined(old: torch.Tensor | None, new: torch.Tensor, axis: int, start: int) 
     """Put `new` into `old` at index `start` of an axis; both keep their values, in the type of `old`."""
     if old is None:
         return new
-    if old.is_floating_point() != new.is_floating_point():
+    floats = old.is_floating_point() and new.is_floating_point()
+    if not floats and old.dtype != new.dtype:
         raise TwinMergingError("the new expert's deltas are stored in another form than the artifact's; build it again")
     parts = [old.narrow(axis, 0, start), new.to(old.dtype), old.narrow(axis, start, old.shape[axis] - start)]
     return torch.cat(parts, dim=axis).contiguous()
@@ -158,69 +174,3 @@ def _move_heads(state: dict[str, torch.Tensor], stack: Stack, places: dict[int, 
             if int(index) in places:
                 moved[f"{prefix}{places[int(index)]}.{rest}"] = value
         state.update(moved)
-
-
-def _without_item(entry: dict, position: int, count: int) -> dict:
-    """A coverage entry without one expert's item in lists that have one for each."""
-    return {
-        key: [*value[:position], *value[position + 1 :]] if isinstance(value, list) and len(value) == count else value
-        for key, value in entry.items()
-    }
-
-
-def _without_delta(stack: Stack, coverage: dict[str, dict]) -> dict[str, dict]:
-    """Tensors whose deltas went are the same for all experts that are left."""
-    gone = {
-        key
-        for key, entry in coverage.items()
-        if (entry["treatment"] == "factored" and key not in stack.ranks)
-        or (entry["treatment"] == "exact" and key not in stack.exact)
-    }
-    return {key: {"treatment": "equal"} if key in gone else entry for key, entry in coverage.items()}
-
-
-def _with_item(old: dict | None, new: dict | None, position: int, count: int) -> dict:
-    """A coverage entry with the new expert's item in lists that have one for each."""
-    if old is None or new is None:
-        return new or old or {}
-    if old["treatment"] == new["treatment"] == "excluded":
-        return {**old, "dropped_energy": old["dropped_energy"] + new["dropped_energy"]}
-    if old["treatment"] == "equal" and new["treatment"] == "excluded":
-        return new
-    if new["treatment"] in ("equal", "excluded"):
-        nothing = {"ranks": [0], "energy_kept": [1.0]}
-        new = {key: nothing.get(key, [0]) for key, value in old.items() if isinstance(value, list)}
-    elif old["treatment"] == "equal":
-        nothing_yet = {"ranks": 0, "energy_kept": 1.0}
-        lists = {key: [nothing_yet.get(key, 0)] * count for key, value in new.items() if isinstance(value, list)}
-        old = {**new, **lists}
-    merged = dict(old)
-    if new["treatment"] in ("factored", "exact"):
-        merged["treatment"] = new["treatment"]
-    for key, value in old.items():
-        if isinstance(value, list) and len(value) == count and len(new.get(key, [])) == 1:
-            merged[key] = [*value[:position], *new[key], *value[position:]]
-    return merged
-
-
-def trimmed(separation: Separation, ranks: dict[str, int]) -> Separation:
-    """One expert's separation, cut to its leading directions: at most `ranks[tensor]` of each factored tensor."""
-    state, kept, coverage = dict(separation.state), dict(separation.ranks), dict(separation.coverage)
-    for tensor, (rank,) in separation.ranks.items():
-        short = min(rank, ranks[tensor])
-        keys = _factor_tensors(separation.state, tensor)
-        energies = torch.ones(rank, dtype=torch.float64)
-        for key, axis in keys.items():
-            squares = separation.state[key].double().pow(2)
-            energies *= squares.sum(dim=1 - axis) if squares.dim() == 2 else squares
-            state[key] = separation.state[key].narrow(axis, 0, short).contiguous()
-        # Directions of a truncated SVD are orthogonal, so their energies add up.
-        share = float(energies[:short].sum() / energies.sum()) if rank else 1.0
-        kept[tensor] = [short]
-        entry = coverage[tensor]
-        coverage[tensor] = {
-            **entry,
-            "ranks": [short],
-            "energy_kept": [round(value * share, 6) for value in entry["energy_kept"]],
-        }
-    return replace(separation, state=state, ranks=kept, coverage=coverage)

@@ -62,6 +62,16 @@ def reach_verdict(
     )
 
 
+def expert_score(inputs: Inputs, index: int) -> dict | None:
+    """`expert_scores` of one expert, without an artifact; None without rows, and for rows of tokens."""
+    rows = inputs.rows[index].held_out[:_ROWS] if inputs.rows else []
+    if not rows or "tokens" in rows[0]:
+        return None
+    assert inputs.processing is not None
+    outputs = model_outputs(checkpoint_model(inputs.experts[index]), rows, inputs.processing)
+    return _own_score(outputs, rows, inputs.entries[index]["problem_type"] == "regression")
+
+
 def _own_score(outputs: torch.Tensor, rows: list[dict], regression: bool) -> dict:
     if regression:
         labels = torch.tensor([row["label"] for row in rows])
