@@ -58,6 +58,8 @@ class FactoredDelta(nn.Module):
             byte along m of `up` and along n of `down`).
     """
 
+    scale: torch.Tensor
+
     def __init__(self, ranks: list, m: int, n: int, storage: str = "float32"):
         super().__init__()
         self.ranks, self.m, self.n = tuple(ranks), m, n

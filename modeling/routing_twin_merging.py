@@ -80,6 +80,10 @@ class LexicalRouter(CentroidRouter):
     once. Features are the masked mean of the states and, behind it, the sums over tokens.
     """
 
+    table: torch.Tensor
+    scale: torch.Tensor
+    weight: torch.Tensor
+
     def __init__(self, hidden_size: int, centres: list, vocabulary: int):
         super().__init__(hidden_size, centres)
         self.register_buffer("table", torch.zeros(vocabulary, len(centres), dtype=torch.int8))

@@ -42,6 +42,8 @@ class SparseDelta(nn.Module):
         counts: number of entries of each expert's delta.
     """
 
+    indices: torch.Tensor
+
     def __init__(self, rule: str, counts: list, shape: tuple, settings: dict):
         super().__init__()
         if rule not in (*_APPLY, "table"):

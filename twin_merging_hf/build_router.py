@@ -199,12 +199,14 @@ def router_data(
     empty = torch.zeros(0, model.config.router_input_size)
     features = {part: torch.cat(found) if found else empty for part, found in parts.items()}
     owners = {part: torch.tensor(found, dtype=torch.long) for part, found in experts.items()}
+    groups, centres = row_centres(inputs) if "train" in needed else (None, ())
     return RouterData(
         features["train"],
         owners["train"],
         features["held_out"],
         owners["held_out"],
-        *(row_centres(inputs) if "train" in needed else (None, ())),
-        tokens["train"] or None,
-        tokens["held_out"] or None,
+        train_groups=groups,
+        centres=centres,
+        train_tokens=tokens["train"] or None,
+        held_out_tokens=tokens["held_out"] or None,
     )

@@ -138,9 +138,9 @@ class MergedModel:
     def __init__(self, model: Any):
         self.artifact = model
         self._refuse_unreadable()
-        self.stock = build_shared(model.config)
+        self.stock: Any = build_shared(model.config)
         reference = next(p for p in model.shared.parameters() if p.is_floating_point())
-        self.stock.to(device=reference.device, dtype=reference.dtype).eval()
+        self.stock.to(device=reference.device, dtype=reference.dtype).eval()  # type: ignore[call-arg]
         self.stock.load_state_dict(model.shared.state_dict())
         self._merge = Materialised(model, self.stock)
         self._accepted = set(inspect.signature(type(self.stock).forward).parameters)

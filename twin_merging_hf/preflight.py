@@ -253,7 +253,7 @@ def _entry(checkpoint: Checkpoint, expert: ExpertSpec) -> dict:
             f"{checkpoint.role}: its config.json says {config.problem_type!r}; a token classifier must give every token one "
             "of its tags (`problem_type` single_label_classification, or none)"
         )
-    problem_type = config.problem_type or ("regression" if len(labels) == 1 else "single_label_classification")
+    problem_type: str = config.problem_type or ("regression" if len(labels) == 1 else "single_label_classification")
     problem_type = TOKEN_CLASSES if _tags_tokens(checkpoint) else problem_type
     if problem_type == "multi_label_classification":
         raise TwinMergingError(

@@ -108,7 +108,7 @@ def _tune(inputs: Inputs, grids: Grids, progress: Progress) -> Tuning:
             )
     tuning = Tuning({name: len(rows.held_out) for name, rows in zip(names, inputs.rows, strict=True)}, own)
     _tune_merge(inputs, grids, progress, tuning)
-    chosen = {key: tuning.chosen[key] for key in ("lambda", "density") if key in tuning.chosen}
+    chosen: dict[str, float] = {key: tuning.chosen[key] for key in ("lambda", "density") if key in tuning.chosen}
     tuned = _with(inputs.recipe, chosen)
     _tune_rank(inputs, tuned, grids, progress, tuning)
     tuning.left["router"] = (
