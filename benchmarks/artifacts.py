@@ -16,12 +16,12 @@ from transformers import AutoModelForImageClassification, AutoModelForSequenceCl
 
 from twin_merging_hf.builder import build_artifact
 from twin_merging_hf.progress import Progress
-from twin_merging_hf.recipe import FACTOR_DTYPES, parse_recipe
+from twin_merging_hf.recipe import parse_recipe
 
 
 OURS: dict[str, Any] = {
     "merge_method": "linear",
-    "exclusive": {"rank": 15, "dtype": "int4" if "int4" in FACTOR_DTYPES else "bf16"},
+    "exclusive": {"budget": 0.05, "dtype": "int4"},
     "router": {"type": "auto"},
 }
 AS_BUILT = "as built"
