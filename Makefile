@@ -11,7 +11,7 @@ demo: $(VENV)/.demo
 	$(BIN)/twin-merging demo twin-merging-demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 check: lint types test
 

@@ -74,7 +74,7 @@ class Carrying:
     """A processing that takes what a row carries besides its content into the batch."""
 
     def __init__(self, processing: Processing):
-        self.processing = processing
+        self.processing, self.kind = processing, processing.kind
 
     def inputs(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Model inputs, and `WEIGHTS` [row, expert] where rows carry them."""

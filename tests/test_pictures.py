@@ -48,7 +48,7 @@ def test_without_matplotlib_the_message_names_the_extra(tmp_path, monkeypatch):
 
 def test_without_matplotlib_a_build_has_no_picture_and_is_whole(world, tmp_path, monkeypatch):
     folder = files.copy_inputs(world.experts("bert"), tmp_path / "in")
-    monkeypatch.setattr(builder, "_can_draw", lambda: False)
+    monkeypatch.setattr(builder, "can_draw", lambda: False)
     report = build_artifact(tiny.write_recipe(folder, ("a", "b")), tmp_path / "out", Progress(quiet=True)).report
     assert report["router"]["held_out_rows"] > 0
     assert check_artifact(tmp_path / "out") == [] and not list((tmp_path / "out").glob("*.png"))

@@ -237,7 +237,7 @@ def write_recipe(
     Args:
         data: whether the experts' rows stand in the recipe.
         experts: extra keys for single experts, by name.
-        overrides: top-level keys of the recipe; None removes a key. The router is `linear` where there is data.
+        overrides: top-level keys of the recipe; None removes a key. The router is `linear` where all have data.
     """
     entries = []
     for name in names:
@@ -245,7 +245,7 @@ def write_recipe(
         if data:
             entry["data"] = f"{name}.jsonl"
         entries.append({**entry, **copy.deepcopy((experts or {}).get(name, {}))})
-    router = {"router": "linear"} if data else {}
+    router = {"router": "linear"} if data and all(entry.get("data") for entry in entries) else {}
     content = {"base_model": "base", "experts": entries, **router, **overrides}
     content = {key: value for key, value in content.items() if value is not None}
     path = Path(folder) / file

@@ -60,7 +60,9 @@ def routing_fields(first: Checkpoint, inputs: Inputs, candidate: Candidate | Non
     }
     if kind == "projection":
         readers = readers_of_layer(first, f"{first.layers_path}.{layers[-1]}")
-        width = min(settings.rank or _PROJECTION_RANK, first.config.hidden_size)
+        # In a small model, fewer: a subspace that is everything tells nothing apart.
+        size = first.config.hidden_size
+        width = min(settings.rank or min(_PROJECTION_RANK, size // 2), size)
         # Shares of energy are no probabilities: unless told otherwise, the largest takes the row.
         top_k = settings.top_k if settings.top_k is not None else 1
         fields |= {"router_site": readers[0], "router_rank": width, "router_top_k": top_k}
