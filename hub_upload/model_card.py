@@ -78,12 +78,13 @@ def _experts(config: TwinMergingConfig, report: dict) -> str:
 
 
 def _routing(config: TwinMergingConfig, report: dict) -> str:
-    where = (
-        "the shared model's last state"
-        if config.router_pass == "full"
-        else f"the state before layer {config.router_layer}"
-    )
-    text = f"A `{config.router_type}` router reads {where} of the shared model, once for each row."
+    layers = ", ".join(str(layer) for layer in config.state_layers)
+    where = f"the states before layers {layers}" if len(config.state_layers) > 1 else f"the state before layer {layers}"
+    where = "the shared model's last state" if config.router_pass == "full" else f"{where} of the shared model"
+    tokens = " and the row's tokens" if config.router_type == "lexical" else ""
+    text = f"A `{config.router_type}` router reads {where}{tokens}, once for each row."
+    if config.router_none_distance is not None:
+        text += " Rows unlike every expert's go to the shared model."
     router = report["router"]
     if router.get("held_out_rows"):
         text += (
