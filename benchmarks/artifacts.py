@@ -21,7 +21,7 @@ from twin_merging_hf.recipe import parse_recipe
 
 OURS: dict[str, Any] = {
     "merge_method": "linear",
-    "exclusive": {"budget": 0.05, "dtype": "int4"},
+    "exclusive": {"rank": 15, "dtype": "int4"},
     "router": {"type": "auto"},
 }
 AS_BUILT = "as built"
