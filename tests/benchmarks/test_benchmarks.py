@@ -182,15 +182,8 @@ def text(tmp_path_factory) -> Path:
     return folder
 
 
-# A tiny model's vectors alone weigh more than the tables' budget.
-OURS = {"exclusive": {"rank": 15, "dtype": "int4"}}
-
-
 def run_text(text: Path, monkeypatch, *more: str) -> None:
-    (text / "ours.yaml").write_text(yaml.safe_dump(OURS), encoding="utf-8")
     options = [
-        "--ours",
-        text / "ours.yaml",
         "--tasks",
         text / "tasks.yaml",
         "--base",
@@ -217,16 +210,13 @@ def new_bench(text: Path):
     loaded = module("text_tasks").load_tasks(text / "tasks.yaml", text, None, 0)
     models = text / "cache" / "models"
     experts = [models / f"expert-{task.name}-seed0-epochs3" for task in loaded]
-    bench = module("bench").Bench(loaded, text / "base", experts, text / "cache" / "data", text / "cache")
-    bench.ours = OURS
-    return bench
+    return module("bench").Bench(loaded, text / "base", experts, text / "cache" / "data", text / "cache")
 
 
 @pytest.mark.parametrize("script", ["artifacts", "vision_experts"])
 def test_our_recipes_are_recipes(script):
-    artifacts = module("artifacts")
     experts = [{"name": name, "model": name, "data": f"{name}.jsonl"} for name in "ab"]
-    recipe = parse_recipe({"base_model": "base", "experts": experts, **artifacts.OURS, **module(script).OURS})
+    recipe = parse_recipe({"base_model": "base", "experts": experts, **module("artifacts").OURS, **module(script).OURS})
     assert recipe.exclusive.dtype == "int4" and recipe.router.type == "auto"
 
 
