@@ -16,13 +16,17 @@ from twin_merging_hf.modeling import TwinMergingModel
 
 
 ROWS = 9
+# A high temperature keeps logits small, whose rounding errors are then small too.
+NONE = {"type": "lexical", "layer": [0, 1], "none": 0.3, "temperature": 20.0}
 SCRIPT = Path(__file__).with_name("remote_script.py")
 
 
 def expected(world, kind: str) -> dict:
     """What the plugin answers in this process."""
     labels = tiny.TAGS if kind == "bert-tokens" else None
-    folder = world.artifact(kind, labels)
+    recipe = {"router": NONE} if kind == "bert-none" else {}
+    kind = kind.removesuffix("-none")
+    folder = world.artifact(kind, labels, **recipe)
     if kind == "vit":
         rows = [str(world.experts(kind) / "images" / f"{'abc'[i % 3]}{i}.png") for i in range(ROWS)]
         processor = AutoImageProcessor.from_pretrained(folder)
@@ -34,7 +38,7 @@ def expected(world, kind: str) -> dict:
         names = ("AutoModelForSequenceClassification", "AutoTokenizer", "text-classification")
         if kind == "bert-tokens":
             names = ("AutoModelForTokenClassification", "AutoTokenizer", "token-classification")
-    model = world.model(kind, labels)
+    model = world.model(kind, labels, **recipe)
     with torch.no_grad():
         output = model(**inputs)
         state = TwinMergingModel.from_pretrained(folder).eval()(**inputs).last_hidden_state[:, 0]
@@ -64,9 +68,11 @@ def expected(world, kind: str) -> dict:
 
 @pytest.mark.parametrize("plugin", ["without", "with"])
 def test_artifacts_load_answer_and_save_again(world, tmp_path, plugin):
-    cases = {kind: expected(world, kind) for kind in ("bert", "vit", "bert-tokens")}
+    cases = {kind: expected(world, kind) for kind in ("bert", "vit", "bert-tokens", "bert-none")}
     assert all(len(set(case["labels"])) > 1 for case in cases.values()), "answers that are all equal prove little"
     (tmp_path / "expected.json").write_text(json.dumps(cases), encoding="utf-8")
+    totals = [round(sum(row), 3) for row in cases["bert-none"]["expert_weights"]]
+    assert set(totals) == {0.0, 1.0}, "some rows go to the shared model, and some do not"
     before = {kind: files.listing(Path(case["folder"])) for kind, case in cases.items()}
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     if plugin == "with":

@@ -15,6 +15,7 @@ from scipy.stats import pearsonr
 from torch.func import functional_call
 
 from tests import tiny
+from twin_merging_hf.recipe import parse_recipe
 
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -210,6 +211,13 @@ def new_bench(text: Path):
     models = text / "cache" / "models"
     experts = [models / f"expert-{task.name}-seed0-epochs3" for task in loaded]
     return module("bench").Bench(loaded, text / "base", experts, text / "cache" / "data", text / "cache")
+
+
+@pytest.mark.parametrize("script", ["artifacts", "vision_experts"])
+def test_our_recipes_are_recipes(script):
+    experts = [{"name": name, "model": name, "data": f"{name}.jsonl"} for name in "ab"]
+    recipe = parse_recipe({"base_model": "base", "experts": experts, **module("artifacts").OURS, **module(script).OURS})
+    assert recipe.exclusive.dtype == "int4" and recipe.router.type == "auto"
 
 
 def test_published_mixture_is_the_dense_formula(text, table):
