@@ -18,13 +18,12 @@ from .preflight import Inputs
 from .probe import random_inputs
 from .progress import Progress
 from .recipe import Recipe
-from .router_choice import Candidate, candidate_layers, choose
+from .router_choice import NEIGHBOUR_DIMENSION, Candidate, candidate_layers, choose
 from .router_training import RouterData, RouterReport, centre_groups, router_report, subspace, train_router
 from .separation import Separation, delta_from_base
 
 
 _PROJECTION_RANK = 32
-_NEIGHBOUR_DIMENSION = 64
 
 
 def router_type(inputs: Inputs) -> str:
@@ -69,7 +68,7 @@ def routing_fields(first: Checkpoint, inputs: Inputs, candidate: Candidate | Non
     if kind in ("centroid", "lexical"):
         fields["router_centres"] = list(row_centres(inputs)[1])
     if kind == "knn":
-        fields["router_rank"] = min(settings.rank or _NEIGHBOUR_DIMENSION, fields["router_input_size"])
+        fields["router_rank"] = min(settings.rank or NEIGHBOUR_DIMENSION, fields["router_input_size"])
         fields |= {"router_exemplars": settings.exemplars, "router_neighbours": settings.neighbours}
     if settings.none is not None:
         fields["router_none_distance"] = 1.0  # until it is measured
@@ -161,16 +160,26 @@ def _fit_projection(model: Any, separation: Separation, inputs: Inputs) -> None:
     readers = readers_of_layer(inputs.experts[0], f"{config.layers_path}.{config.router_layer}")
     bases = []
     for name, expert in zip(recipe.names, inputs.experts, strict=True):
-        matrices = [_reader_delta(expert, reader, inputs, separation) for reader in readers]
-        bases.append(subspace(matrices, config.router_rank, f"{recipe.seed}:{name}:projection"))
+        seed_text = f"{recipe.seed}:{name}:projection"
+        bases.append(expert_subspace(expert, readers, inputs.base, separation, config.router_rank, seed_text))
     with torch.no_grad():
         model.router.basis.copy_(torch.stack(bases))
 
 
-def _reader_delta(expert: Checkpoint, reader: str, inputs: Inputs, separation: Separation) -> torch.Tensor:
-    """What an expert changed in a module that reads the routing state: [out, in]."""
-    delta = delta_from_base(expert, inputs.base, separation.state, f"{reader}.weight")
-    return delta.T if type(expert.skeleton.get_submodule(reader)) is Conv1D else delta
+def expert_subspace(
+    expert: Checkpoint,
+    readers: list[str],
+    base: Checkpoint | None,
+    separation: Separation,
+    rank: int,
+    seed_text: str,
+) -> torch.Tensor:
+    """Subspace [rank, hidden] of what an expert changed in the modules `readers`, which read the routing state."""
+    matrices = []
+    for reader in readers:
+        delta = delta_from_base(expert, base, separation.state, f"{reader}.weight")
+        matrices.append(delta.T if type(expert.skeleton.get_submodule(reader)) is Conv1D else delta)
+    return subspace(matrices, rank, seed_text)
 
 
 def row_centres(inputs: Inputs) -> tuple[torch.Tensor, tuple[int, ...]]:

@@ -5,18 +5,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from twin_merging_hf.modeling.routing_twin_merging import CentroidRouter, ProjectionRouter
 
-from .build_router import fit_router, readers_of_layer, router_data, row_centres, settle_router
+from .build_router import expert_subspace, fit_router, readers_of_layer, router_data, row_centres, settle_router
 from .checkpoints import Checkpoint, open_checkpoint
 from .edit_source import Source
 from .errors import TwinMergingError
 from .preflight import Inputs
 from .progress import Progress
-from .router_training import RouterReport, subspace
-from .separation import Separation, delta_from_base
+from .router_training import RouterReport
+from .separation import Separation
 
 
 @dataclass
@@ -128,11 +127,8 @@ def put_subspace(old: nn.Module, new: nn.Module, basis: torch.Tensor, position: 
 def new_subspace(config: Any, newcomer: Checkpoint, base: Checkpoint | None, separation: Separation, seed: int):
     """An expert's subspace [rank, hidden] for `projection`, exactly as a build computes it."""
     name = newcomer.role.removeprefix("expert ").strip("'")
-    matrices = []
-    for reader in readers_of_layer(newcomer, f"{config.layers_path}.{config.router_layer}"):
-        delta = delta_from_base(newcomer, base, separation.state, f"{reader}.weight")
-        matrices.append(delta.T if type(newcomer.skeleton.get_submodule(reader)) is Conv1D else delta)
-    return subspace(matrices, config.router_rank, f"{seed}:{name}:projection")
+    readers = readers_of_layer(newcomer, f"{config.layers_path}.{config.router_layer}")
+    return expert_subspace(newcomer, readers, base, separation, config.router_rank, f"{seed}:{name}:projection")
 
 
 def edited_fields(

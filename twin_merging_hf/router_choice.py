@@ -19,7 +19,7 @@ from .router_training import RouterData, router_report, train_router
 
 
 _MOST_LAYERS = 6
-_NEIGHBOUR_DIMENSION = 64
+NEIGHBOUR_DIMENSION = 64
 # The paper's network grows with the square of its input: shown for comparison where that is cheap.
 _WIDEST_MLP = 1024
 
@@ -113,7 +113,7 @@ def _winner(measured: list[tuple[Candidate, dict]], rows: int) -> Candidate:
 def _new(candidate: Candidate, data: RouterData, recipe: Recipe, vocabulary: int) -> nn.Module:
     settings, size, experts = recipe.router, data.train.shape[1], int(data.train_experts.max()) + 1
     if candidate.type == "knn":
-        dimension = min(settings.rank or _NEIGHBOUR_DIMENSION, size)
+        dimension = min(settings.rank or NEIGHBOUR_DIMENSION, size)
         return NeighbourRouter(size, experts, dimension, settings.exemplars, settings.neighbours)
     if candidate.type == "centroid":
         return CentroidRouter(size, list(data.centres))
