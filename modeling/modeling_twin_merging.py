@@ -26,6 +26,7 @@ from .factors_twin_merging import INTEGER_BITS, ExactDelta, FactoredDelta
 from .heads_twin_merging import LabelSpace
 from .mix_twin_merging import ALL, CallWeights, CheckpointWithWeights, ExpertMix
 from .padding_twin_merging import TOKEN_INPUTS, align_left, restore_order
+from .plans_twin_merging import PlansMixin
 from .routing_twin_merging import (
     LexicalRouter,
     NeighbourRouter,
@@ -72,7 +73,7 @@ class TwinMergingModelOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-class TwinMergingPreTrainedModel(PreTrainedModel):
+class TwinMergingPreTrainedModel(PlansMixin, PreTrainedModel):
     """What all Twin-Merging models share: the shared task model, the deltas, the router, and how weights are chosen."""
 
     config_class = TwinMergingConfig
