@@ -28,7 +28,12 @@ ALLOWED: dict[str, set[str]] = {
     "processing": {"errors"},
     "recipe": {"errors", "merging", "modeling"},
     "checkpoints": {"errors", "modeling"},
-    "artifact": {"errors", "modeling"},
+    "folder_check": {"modeling"},
+    "source_card": set(),
+    "reload_script": set(),
+    "reload": {"artifact", "modeling"},
+    "verification": {"artifact", "checkpoints", "errors"},
+    "artifact": {"errors", "folder_check", "modeling"},
     "hub_upload": {"artifact", "errors", "modeling"},
     "inference": {"processing"},
     "closed_form": {"errors", "modeling"},
@@ -63,7 +68,7 @@ ALLOWED: dict[str, set[str]] = {
     "calibration": {"evaluation", "modeling", "preflight", "router_training"},
     "builder": {
         "_version", "artifact", "build_router", "calibration", "checkpoints", "errors", "hub_upload", "modeling", "pictures",
-        "preflight", "probe", "progress", "recipe", "row_hashes", "separation", "verdict",
+        "preflight", "probe", "progress", "recipe", "row_hashes", "separation", "source_card", "verdict",
     },
     "tuned_recipe": {"errors", "recipe"},
     "tuning": {
@@ -100,7 +105,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": {
         "_version", "artifact", "builder", "demo", "editing", "errors", "evaluate_artifact", "evaluate_table", "progress",
-        "starter", "tuning", "verdict",
+        "reload", "starter", "tuning", "verdict", "verification",
     },
     "__init__": {"_version", "errors", "modeling"},
 }  # fmt: skip

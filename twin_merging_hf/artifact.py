@@ -22,6 +22,7 @@ from twin_merging_hf.modeling.modeling_twin_merging import AUTO_MAP
 from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
 
 from .errors import TwinMergingError
+from .folder_check import paper_problems, stray_files
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,8 @@ def check_artifact(folder: Path) -> list[str]:
     Tell what is wrong with an artifact; an empty list means that it is whole.
 
     Checks that the config is valid, all tensors are there with nothing more, finite, and of the shapes that the config
-    gives; that the model code is the package's; that every companion file is there.
+    gives; that the model code is the package's and nothing else in the folder can run; that every companion file is there
+    and belongs to this config. `reload.check_whole` also loads it.
     """
     try:
         config = read_config(folder)
@@ -215,7 +217,7 @@ def check_artifact(folder: Path) -> list[str]:
 
 def check_files(folder: Path, config: TwinMergingConfig) -> list[str]:
     """As `check_artifact`, with a config that is known to be valid. Raises `TwinMergingError` for damaged weights."""
-    problems = _check_tensors(folder, config)
+    problems = [*_check_tensors(folder, config), *stray_files(folder, {source.name for source in code_files()})]
     auto_map = getattr(config, "auto_map", None) or {}
     if {key: str(value).split("--")[-1] for key, value in auto_map.items()} != AUTO_MAP:
         problems.append(
@@ -230,6 +232,7 @@ def check_files(folder: Path, config: TwinMergingConfig) -> list[str]:
     companions = config.provenance.get("companions", [])
     if not isinstance(companions, list) or not all(isinstance(name, str) for name in companions):
         return [*problems, f"{LAYOUT.config}: `provenance.companions` must be a list of file names, got {companions!r}"]
+    problems += paper_problems(config, folder / LAYOUT.report, folder / LAYOUT.recipe)
     return problems + [f"{name} is missing" for name in companions if not (folder / name).is_file()]
 
 
@@ -238,7 +241,8 @@ def _check_tensors(folder: Path, config: TwinMergingConfig) -> list[str]:
     expected = dict(skeleton.state_dict())
     sparse = {sparse_keys(name)[1]: name for name in config.sparse_deltas}
     renamings = [t for t in get_model_conversion_mapping(skeleton) if isinstance(t, WeightRenaming)]
-    problems, seen = [], set()
+    problems: list[str] = []
+    seen: set[str] = set()
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as handle:
@@ -247,6 +251,8 @@ def _check_tensors(folder: Path, config: TwinMergingConfig) -> list[str]:
                     name = key
                     if key not in expected:
                         name, _ = rename_source_key(key, renamings, [], skeleton.base_model_prefix, expected)
+                    if name in seen:
+                        problems.append(f"tensor {key!r} is there more than once")
                     seen.add(name)
                     tensor = handle.get_tensor(key)
                     found = _check_tensor(tensor, key, expected.get(name))
@@ -257,6 +263,11 @@ def _check_tensors(folder: Path, config: TwinMergingConfig) -> list[str]:
         except (SafetensorError, OSError) as error:
             raise TwinMergingError(f"{file}: damaged: {error}") from error
     return problems + [f"tensor {name!r} is missing" for name in sorted(set(expected) - seen)]
+
+
+def expected_tensors(config: TwinMergingConfig) -> set[str]:
+    """Names of all tensors of an artifact, as its model has them. Raises `TwinMergingError` if it describes none."""
+    return set(_skeleton(config).state_dict())
 
 
 def _check_tensor(tensor: torch.Tensor, key: str, expected: torch.Tensor | None) -> list[str]:

@@ -20,7 +20,7 @@ from ._version import __version__
 from .artifact import LAYOUT, Storage, check_files, refuse_existing, staged, storage, write_json
 from .build_router import make_router, router_type
 from .calibration import calibrate, calibration_rows
-from .checkpoints import Checkpoint
+from .checkpoints import Checkpoint, commit_of, settings_fingerprint
 from .errors import TwinMergingError
 from .pictures import draw_confusion
 from .preflight import Inputs, preflight
@@ -29,6 +29,7 @@ from .progress import Progress, no_loading_bars
 from .recipe import Recipe, load_recipe
 from .row_hashes import recorded_hashes, row_hash, write_hashes
 from .separation import Separation, factor_dtype, model_dtype, planned_bytes, separate
+from .source_card import card_facts
 from .verdict import Verdict, mean_label, reach_verdict
 
 
@@ -222,8 +223,15 @@ def _provenance(inputs: Inputs) -> dict:
 
 
 def source_of(checkpoint: Checkpoint) -> dict:
-    """Where a checkpoint came from, and the digest of its weights, for `provenance`."""
-    return {"model": checkpoint.source, "from_hub": checkpoint.from_hub, "sha256": checkpoint.fingerprint()}
+    """Where a checkpoint came from, its fingerprints, and what its card says about rights and data, for `provenance`."""
+    return {
+        "model": checkpoint.source,
+        "from_hub": checkpoint.from_hub,
+        "revision": commit_of(checkpoint.path) if checkpoint.from_hub else None,
+        "sha256": checkpoint.fingerprint(),
+        "config_sha256": settings_fingerprint(checkpoint.path),
+        **card_facts(checkpoint.path),
+    }
 
 
 def versions() -> dict[str, str]:

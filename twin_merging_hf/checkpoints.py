@@ -25,6 +25,7 @@ from .errors import TwinMergingError
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_SETTINGS = ("config.json", "adapter_config.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
 
 
@@ -129,12 +130,7 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """SHA-256 of the weight files, in order of their names."""
-        digest = hashlib.sha256()
-        for file in sorted({file for file, _ in self.places.values()}):
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 22):
-                    digest.update(block)
-        return digest.hexdigest()
+        return weights_fingerprint(self.path, self.role)
 
     def close(self) -> None:
         """Close the files."""
@@ -147,6 +143,30 @@ class Checkpoint:
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 return name
         return None
+
+
+def weights_fingerprint(path: Path, role: str) -> str:
+    """SHA-256 of a model folder's weight files, in order of their names. Raises as `open_checkpoint`."""
+    return _sha256(sorted(set(_weight_files(path, role).values())))
+
+
+def settings_fingerprint(path: Path) -> str:
+    """SHA-256 of the files that say how a model folder's weights are used."""
+    return _sha256([path / name for name in _SETTINGS if (path / name).is_file()])
+
+
+def commit_of(path: Path) -> str | None:
+    """The commit of a model folder in the Hub's cache, or None for any other folder."""
+    return path.name if path.parent.name == "snapshots" else None
+
+
+def _sha256(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def resolve(source: str, folder: Path, role: str) -> Path:
@@ -163,7 +183,7 @@ def resolve(source: str, folder: Path, role: str) -> Path:
     if not _HUB_ID.fullmatch(repo_id) or repo_id in (".", "..") or source.startswith((".", "/", "~")):
         raise TwinMergingError(f"{role}: {local} is not a folder")
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
         return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=patterns))
     except Exception as error:
         raise TwinMergingError(

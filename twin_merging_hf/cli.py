@@ -185,12 +185,18 @@ def tune(
 
 
 @app.command()
-def check(artifact: Annotated[Path, typer.Argument(help="Folder of an artifact.")]) -> None:
-    """Tell whether an artifact is whole: config, tensors, model code, companion files."""
+def check(
+    artifact: Annotated[Path, typer.Argument(help="Folder of an artifact.")],
+    reload: Annotated[
+        bool, typer.Option(help="Also load it in a clean process, with its own code and without this package.")
+    ] = True,
+) -> None:
+    """Tell whether an artifact is whole: config, tensors, model code, companion files, and that it loads anywhere."""
     from .artifact import check_artifact, inspect_artifact
+    from .reload import check_whole
 
     with _errors():
-        problems = check_artifact(artifact)
+        problems = check_whole(artifact) if reload else check_artifact(artifact)
         for problem in problems:
             typer.echo(f"problem: {problem}", err=True)
         if problems:
@@ -232,6 +238,28 @@ def inspect(
         size = found.storage
         parts = ", ".join(f"{part} {size[part] / 1e6:.2f} MB" for part in ("shared", "deltas", "heads", "router"))
         typer.echo(f"size: {size['total'] / 1e6:.2f} MB ({parts}), {size['ratio']} times the shared backbone")
+
+
+@app.command()
+def verify(
+    artifact: Annotated[Path, typer.Argument(help="Folder of an artifact.")],
+    sources_in: Annotated[
+        Path, typer.Option("--from", help="Folder that the recipe's relative paths are relative to.")
+    ] = Path("."),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare an artifact's sources of today with the fingerprints of its build; name what changed."""
+    from .verification import describe_state, verify_artifact
+
+    with _errors():
+        states = verify_artifact(artifact, sources_in)
+        if as_json:
+            typer.echo(json.dumps([asdict(state) for state in states], indent=2, ensure_ascii=False))
+        else:
+            for state in states:
+                typer.echo(describe_state(state))
+        if not all(state.is_same for state in states):
+            raise typer.Exit(1)
 
 
 _ARTIFACT = Annotated[Path, typer.Argument(help="Folder of an artifact; it stays as it is.")]
