@@ -19,9 +19,10 @@ from twin_merging_hf.progress import Progress
 from twin_merging_hf.recipe import parse_recipe
 
 
+# What `twin-merging init` writes.
 OURS: dict[str, Any] = {
     "merge_method": "linear",
-    "exclusive": {"rank": 15, "dtype": "int4"},
+    "exclusive": {"method": "svd", "rank": 16, "dtype": "int4"},
     "router": {"type": "auto"},
 }
 AS_BUILT = "as built"

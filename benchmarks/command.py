@@ -35,11 +35,16 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Threads and messages, before any model."""
-    torch.set_num_threads(args.threads)
+    """Threads, messages and the cache's place, before any model."""
+    set_up(args.threads)
+    args.cache = args.cache.expanduser().absolute()
+
+
+def set_up(threads: int) -> None:
+    """What each process of a command needs."""
+    torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    args.cache = args.cache.expanduser().absolute()
 
 
 def our_recipe(args: argparse.Namespace) -> dict:

@@ -16,15 +16,15 @@ from scores import Answers, normalised, task_scores
 from static_merges import StaticMerges
 from table import new_figure, save, write_rows
 
-from twin_merging_hf.errors import TwinMergingError
 from twin_merging_hf.modeling.configuration_twin_merging import ROUTER_TYPES
-from twin_merging_hf.recipe import FACTOR_DTYPES, parse_recipe
+from twin_merging_hf.recipe import EXCLUSIVE_METHODS
 
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
-BYTE_POINTS = {"fp32": (2, 4, 9, 16), "bf16": (4, 8, 19), "int8": (4, 8, 15, 24), "int4": (4, 8, 15, 24)}
-BUDGETS = (0.02, 0.04, 0.08)
+BYTE_POINTS = {"fp32": (2, 4, 9, 16), "bf16": (4, 8, 19), "int8": (4, 8, 16), "int4": (4, 8, 16, 24)}
+BUDGETS = (0.045,)  # with heads and a router, 1.05 models in all
 LORA_RANKS = (4, 9, 16)
+SPARSE_RATIO = 0.1  # nine of ten are dropped: of each matrix's singular directions, or of its entries
 NONE_SHARE = 0.05
 LONG = 3  # times as many epochs
 LONG_RANKS = (1, 2, 4, 8, 16, 32)
@@ -45,23 +45,28 @@ def percent(bench: Bench, answers: Answers) -> float:
 
 def measured(bench: Bench, name: str, exclusive: dict, **parts: Any) -> tuple[float, float, float]:
     """Size, score with the task given, and score under our router, of deltas stored in a certain way."""
-    shared = {} if "shared_model" in parts else {"merge_method": "linear"}
-    recipe = {**shared, **parts, "exclusive": exclusive, "router": {"type": "projection"}}
-    artifact = Artifact(bench, name, recipe, with_data=False)
+    artifact = stored(bench, name, exclusive, **parts)
     choice = ours(bench, 0).weights().argmax(1)
     found = artifact.ratio, percent(bench, artifact.given()), percent(bench, artifact.chosen(choice))
     artifact.close()
     return found
 
 
-def supported(exclusive: dict) -> bool:
-    """Whether this version of the package knows such an `exclusive`."""
-    experts = [{"name": "a", "model": "a"}]
-    try:
-        parse_recipe({"experts": experts, "exclusive": exclusive})
-    except TwinMergingError:
-        return False
-    return True
+def stored(bench: Bench, name: str, exclusive: dict, **parts: Any) -> Artifact:
+    """An artifact whose deltas are stored in a certain way; its own router is never asked."""
+    shared = {} if "shared_model" in parts else {"merge_method": "linear"}
+    recipe = {**shared, **parts, "exclusive": exclusive, "router": {"type": "projection"}}
+    return Artifact(bench, name, recipe, with_data=False)
+
+
+def chosen_router(bench: Bench) -> dict:
+    """Router settings that `auto` chose with all tasks: builds with fewer experts do not compare again."""
+    report = ours(bench, 0).report["router"]
+    for entry in report["comparison"]:
+        if entry["chosen"]:
+            layers = {"layer": entry["layers"]} if entry["pass"] == "prefix" else {}
+            return {"type": entry["type"], "pass": entry["pass"], **layers}
+    return {**OURS["router"], **bench.ours.get("router", {})}
 
 
 # ---- rank and bytes ---------------------------------------------------------------------------------------------
@@ -83,16 +88,13 @@ def size(bench: Bench, out: Path, train_longer: TrainLonger) -> str:
     """Score against bytes: types of factors, a global budget, separate LoRAs, EMR-Merging, BitDelta."""
     rows: list[list] = []
     for dtype, ranks in BYTE_POINTS.items():
-        if dtype in FACTOR_DTYPES:
-            for r in ranks:
-                rows.append(
-                    [f"ours, {dtype}", f"rank {r}", *measured(bench, f"{dtype}-{r}", {"rank": r, "dtype": dtype})]
-                )
+        for r in ranks:
+            found = measured(bench, f"{dtype}-{r}", {"rank": r, "dtype": dtype})
+            rows.append([f"ours, {dtype}", f"rank {r}", *found])
     narrow = OURS["exclusive"]["dtype"]
-    for budget in BUDGETS:
-        exclusive = {"budget": budget, "dtype": narrow}
-        if supported(exclusive):
-            rows.append([f"ours, {narrow}, budget", f"{budget}", *measured(bench, f"budget-{budget}", exclusive)])
+    for budget, setting in [*_equal_budgets(bench, narrow), *((budget, f"{budget}") for budget in BUDGETS)]:
+        found = measured(bench, f"budget-{budget}", {"budget": budget, "dtype": narrow})
+        rows.append([f"ours, {narrow}, budget", setting, *found])
     for r in LORA_RANKS:
         found = measured(bench, f"loras-{r}", {"rank": r, "dtype": "fp32"}, shared_model="base")
         rows.append(["separate LoRAs, fp32", f"rank {r}", *found])
@@ -109,6 +111,30 @@ def size(bench: Bench, out: Path, train_longer: TrainLonger) -> str:
     return "; ".join(f"{m} {s} {x:.3f}x {given:.1f}" for m, s, x, given, _ in rows)
 
 
+def _equal_budgets(bench: Bench, dtype: str) -> list[tuple[float, str]]:
+    """Budgets of the same bytes as each uniform rank of the sweep, and what to call them."""
+    found = []
+    for r in BYTE_POINTS.get(dtype, ()):
+        sizes = stored(bench, f"{dtype}-{r}", {"rank": r, "dtype": dtype}).report["storage"]
+        found.append((sizes["deltas"] / sizes["shared"], f"as rank {r}"))
+    return found
+
+
+def ablations(bench: Bench, out: Path, train_longer: TrainLonger) -> str:
+    """The leading singular directions against the largest entries and random ones, as many of a hundred, fp32."""
+    rows = []
+    for method in EXCLUSIVE_METHODS:
+        exclusive = {"method": method, "ratio": SPARSE_RATIO, "dtype": "fp32"}
+        rows.append([method, *measured(bench, f"method-{method}", exclusive)])
+    write_rows(out.with_suffix(".csv"), ["method", "storage_ratio", "task_given", "our_router"], rows)
+    figure, axes = new_figure(6, 4)
+    for place, label in ((2, "task given"), (3, "our router")):
+        axes.bar(np.arange(len(rows)) + 0.4 * (place - 2.5), [row[place] for row in rows], 0.38, label=label)
+    axes.set_xticks(range(len(rows)), [row[0] for row in rows])
+    _finish(figure, axes, f"what is kept, {SPARSE_RATIO:.0%}", out)
+    return "; ".join(f"{m}: {given:.1f} given, {routed:.1f} routed, {x:.2f}x" for m, x, given, routed in rows)
+
+
 # ---- experts ----------------------------------------------------------------------------------------------------
 
 
@@ -117,8 +143,7 @@ def experts(bench: Bench, out: Path, train_longer: TrainLonger) -> str:
     rows = []
     for count in range(2, len(bench.tasks) + 1):
         some = bench.subset(list(range(count)))
-        artifact = ours(some, 0)
-        artifact.keep = count == len(bench.tasks)
+        artifact = ours(some, 0, router=chosen_router(bench))
         part, gold = some.part("test"), some.part("test").gold
         mean = some.answer(StaticMerges(some).raw("linear", {}, 0, part), gold.task)
         accuracy = float((artifact.weights().argmax(1) == gold.task).mean())
@@ -137,55 +162,70 @@ def experts(bench: Bench, out: Path, train_longer: TrainLonger) -> str:
 # ---- rows that belong to no expert ------------------------------------------------------------------------------
 
 
-def without(bench: Bench, held: int, none: bool) -> Artifact | None:
-    """Our artifact of all experts but one; with the `none` route if this version has it (else None)."""
+def without(bench: Bench, held: int, **router: Any) -> Artifact:
+    """Our artifact of all experts but one."""
     some = bench.subset([i for i in range(len(bench.tasks)) if i != held])
-    router = {**OURS["router"], **bench.ours.get("router", {})}
-    artifact = ours(some, 0, router={**router, "none": NONE_SHARE}) if none else ours(some, 0)
-    artifact.keep = False
-    try:
-        parse_recipe(artifact.recipe)
-    except TwinMergingError:
-        return None
-    return artifact
+    return ours(some, 0, router={**chosen_router(bench), **router})
 
 
 def unseen(bench: Bench, out: Path, train_longer: TrainLonger) -> str:
-    """One task's delta withheld: its own head on the features of the routed mixture, and of shared alone."""
+    """
+    One task's delta withheld: its own head on the features of the routed mixture, and of shared alone.
+
+    The `none` route's distance is set by held-out rows of the built experts; `taken` is the share of the withheld task's
+    rows beyond it.
+    """
     part = bench.part("test")
     own = task_scores(own_answers(bench), part.gold)[0]
-    columns, rows = ["shared_alone", "routed"], []
+    rows = []
     for held, task in enumerate(bench.tasks):
-        plain, abstaining = without(bench, held, False), without(bench, held, True)
-        assert plain is not None
-        scores = [_by_own_head(bench, held, plain, "__shared__"), _by_own_head(bench, held, plain, None)]
-        plain.close()
-        if abstaining is not None:
-            columns = ["shared_alone", "routed", "routed_with_none"]
-            scores.append(_by_own_head(bench, held, abstaining, None))
-            abstaining.close()
-        rows.append([task.name, *(100 * score / own[held] for score in scores)])
+        artifact = without(bench, held, none=NONE_SHARE)
+        found = [
+            _by_own_head(bench, held, artifact, *how) for how in (("__shared__", False), (None, False), (None, True))
+        ]
+        rows.append([task.name, *(100 * score / own[held] for score in found), 100 * _taken(bench, held, artifact)])
+        artifact.close()
     rows.append(["mean", *np.mean([row[1:] for row in rows], axis=0)])
-    write_rows(out.with_suffix(".csv"), ["held_out_task", *columns], rows)
+    columns = ["shared_alone", "routed", "routed_with_none"]
+    write_rows(out.with_suffix(".csv"), ["held_out_task", *columns, "taken_by_none"], rows)
     figure, axes = new_figure(8, 4)
     for place, label in enumerate(columns):
         axes.bar(np.arange(len(rows)) + 0.27 * (place - 1), [row[1 + place] for row in rows], 0.25, label=label)
     axes.set_xticks(range(len(rows)), [row[0] for row in rows], rotation=20)
     _finish(figure, axes, "task whose delta is withheld", out)
-    means = [f"{column} {score:.1f}" for column, score in zip(columns, rows[-1][1:], strict=True)]
-    return f"mean over held-out tasks: {', '.join(means)}"
+    means = [f"{column} {score:.1f}" for column, score in zip(columns, rows[-1][1:-1], strict=True)]
+    return f"mean over held-out tasks: {', '.join(means)}; {rows[-1][-1]:.0f} % of their rows taken by `none`"
 
 
-def _by_own_head(bench: Bench, held: int, artifact: Artifact, experts: str | None) -> float:
-    """Score of a withheld task's test rows: its own expert's head on an artifact's features."""
+def _taken(bench: Bench, held: int, artifact: Artifact) -> float:
+    """Share of a withheld task's test rows that get no expert."""
     part = bench.part("test")
     rows = [part.rows[i] for i in np.flatnonzero(part.gold.task == held)]
 
     def compute() -> dict[str, np.ndarray]:
-        head = load(bench.experts[held], bench.kind).classifier
-        return {"raw": all_head_outputs(artifact, rows, f"{bench.names[held]} unseen", head, experts=experts)}
+        model = artifact.model
+        return {"weights": run(artifact.bench, rows, model, lambda inputs: model.route(**inputs), "unseen, routing")}
 
-    key = [artifact.key, artifact.bench.names, part.digest, experts]
+    key = [artifact.key, artifact.bench.names, part.digest]
+    weights = bench.cached(f"unseen-{bench.names[held]}-routing", key, compute)["weights"]
+    return float((weights.sum(1) == 0).mean())
+
+
+def _by_own_head(bench: Bench, held: int, artifact: Artifact, experts: str | None, none: bool) -> float:
+    """Score of a withheld task's test rows: its own expert's head on an artifact's features; `none`: that route is on."""
+    part = bench.part("test")
+    rows = [part.rows[i] for i in np.flatnonzero(part.gold.task == held)]
+
+    def compute() -> dict[str, np.ndarray]:
+        head, config = load(bench.experts[held], bench.kind).classifier, artifact.model.config
+        built = config.router_none_distance
+        config.router_none_distance = built if none else float("inf")
+        try:
+            return {"raw": all_head_outputs(artifact, rows, f"{bench.names[held]} unseen", head, experts=experts)}
+        finally:
+            config.router_none_distance = built
+
+    key = [artifact.key, artifact.bench.names, part.digest, experts, none]
     return _one_task(bench, held, bench.cached(f"unseen-{bench.names[held]}", key, compute)["raw"])
 
 
@@ -203,8 +243,7 @@ def shift(bench: Bench, out: Path, train_longer: TrainLonger) -> str:
     part, rows = bench.part("test"), []
     pairs = [(a, b) for a, b in permutations(range(len(bench.tasks)), 2) if _alike(bench, a, b)]
     for a, b in pairs:
-        artifact = without(bench, b, False)
-        assert artifact is not None
+        artifact = without(bench, b)
         some, mine = artifact.bench, np.flatnonzero(part.gold.task == b)
         texts, place = [part.rows[i] for i in mine], some.names.index(bench.names[a])
         found = {
@@ -343,6 +382,7 @@ SWEEPS = {
     "routers": routers,
     "rank": rank,
     "bytes": size,
+    "ablations": ablations,
     "experts": experts,
     "unseen": unseen,
     "shift": shift,

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 from tests import files, tiny
 from twin_merging_hf.builder import Progress, build_artifact, plan_build
 from twin_merging_hf.errors import TwinMergingError
-from twin_merging_hf.router_training import fit_temperature
+from twin_merging_hf.temperature import fit_temperature
 
 
 TWO = {"a": ["x", "y"], "b": ["p", "q", "r"]}

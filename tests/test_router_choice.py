@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ import torch
 from tests import files, tiny
 from twin_merging_hf import router_choice
 from twin_merging_hf.builder import Progress, build_artifact
+from twin_merging_hf.modeling.routing_twin_merging import new_router
 from twin_merging_hf.recipe import parse_recipe
-from twin_merging_hf.router_choice import choose
-from twin_merging_hf.router_training import RouterData
+from twin_merging_hf.router_choice import Candidate, choose
+from twin_merging_hf.router_training import RouterData, router_report
 
 
 WIDTH, EXPERTS, ROWS = 6, 2, 120
@@ -34,7 +36,24 @@ def planted(telling: tuple[int, ...], seed: int = 0) -> RouterData:
 
 
 def chosen(data: RouterData, say: Callable[[str], None] = lambda message: None):
-    return choose(data, LAYERS, WIDTH, 0, parse_recipe(RECIPE), say)
+    choice = choose(data, LAYERS, WIDTH, new, parse_recipe(RECIPE), say)
+    return choice.candidate, choice.comparison
+
+
+def new(candidate: Candidate) -> torch.nn.Module:
+    states = len(candidate.layers) + (candidate.router_pass == "full")
+    return new_router(
+        SimpleNamespace(
+            experts=range(EXPERTS),
+            router_type=candidate.type,
+            router_input_size=states * WIDTH,
+            router_rank=2,
+            router_exemplars=20,
+            router_neighbours=5,
+            router_centres=[1] * EXPERTS,
+            router_none_distance=None,
+        )
+    )
 
 
 @pytest.mark.parametrize("first", LAYERS)
@@ -46,11 +65,32 @@ def test_the_first_layer_that_knows_is_taken(first):
     assert [entry["accuracy"] for entry in comparison if entry["chosen"]] == [1.0]
 
 
-def test_a_last_state_that_alone_knows_is_reported_but_costs_a_second_pass():
+def test_a_last_state_that_alone_knows_wins_although_it_costs_a_second_pass():
     winner, comparison = chosen(planted((len(LAYERS),)))
-    assert winner.router_pass == "prefix"
+    assert winner.router_pass == "full"
     solved = [e["accuracy"] for e in comparison if e["pass"] == "full" and e["type"] != "mlp"]
     assert solved == [1.0, 1.0]  # the mlp has but a few epochs here
+
+
+@pytest.mark.parametrize("full,taken", [(0.96, "prefix"), (0.99, "full")])
+def test_a_full_pass_must_find_clearly_more_rows(full, taken):
+    measured = [
+        (Candidate(kind, layers, router_pass), {"accuracy": accuracy, "negative_log_likelihood": 0.1})
+        for kind, layers, router_pass, accuracy in (("linear", (1,), "prefix", 0.95), ("linear", (), "full", full))
+    ]
+    winner = router_choice._winner(measured, 2000)
+    assert winner.router_pass == taken
+    assert (router_choice._note(winner, measured) is None) == (taken == "prefix")
+
+
+def test_the_winner_comes_fitted_and_scores_what_the_comparison_says():
+    data = planted((1, 2, 3))
+    choice = choose(data, LAYERS, WIDTH, new, parse_recipe(RECIPE), lambda message: None)
+    part = choice.candidate.select(data, LAYERS, WIDTH)
+    report = router_report(choice.router, part, choice.candidate.type, None)
+    entry = next(entry for entry in choice.comparison if entry["chosen"])
+    assert report.accuracy == pytest.approx(entry["accuracy"], abs=1e-4)
+    assert report.negative_log_likelihood == pytest.approx(entry["negative_log_likelihood"], abs=1e-4)
 
 
 def test_candidates_get_their_own_columns_of_train_and_held_out_rows_and_nothing_else(monkeypatch):

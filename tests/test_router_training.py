@@ -13,11 +13,11 @@ from twin_merging_hf.modeling.routing_twin_merging import LinearRouter, MLPRoute
 from twin_merging_hf.recipe import RouterSettings
 from twin_merging_hf.router_training import (
     RouterData,
-    fit_temperature,
     router_report,
     subspace,
     train_router,
 )
+from twin_merging_hf.temperature import fit_temperature
 
 
 HIDDEN, EXPERTS = 8, 3

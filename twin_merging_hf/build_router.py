@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from twin_merging_hf.modeling.routing_twin_merging import ProjectionRouter
+from twin_merging_hf.modeling.routing_twin_merging import ProjectionRouter, new_router
 
 from .checkpoints import Checkpoint
 from .closed_form import fit_novelty
@@ -18,12 +19,13 @@ from .preflight import Inputs
 from .probe import random_inputs
 from .progress import Progress
 from .recipe import Recipe
-from .router_choice import NEIGHBOUR_DIMENSION, Candidate, candidate_layers, choose
+from .router_choice import Candidate, candidate_layers, choose
 from .router_training import RouterData, RouterReport, centre_groups, router_report, subspace, train_router
 from .separation import Separation, delta_from_base
 
 
 _PROJECTION_RANK = 32
+_NEIGHBOUR_DIMENSION = 64
 
 
 def router_type(inputs: Inputs) -> str:
@@ -68,7 +70,7 @@ def routing_fields(first: Checkpoint, inputs: Inputs, candidate: Candidate | Non
     if kind in ("centroid", "lexical"):
         fields["router_centres"] = list(row_centres(inputs)[1])
     if kind == "knn":
-        fields["router_rank"] = min(settings.rank or NEIGHBOUR_DIMENSION, fields["router_input_size"])
+        fields["router_rank"] = min(settings.rank or _NEIGHBOUR_DIMENSION, fields["router_input_size"])
         fields |= {"router_exemplars": settings.exemplars, "router_neighbours": settings.neighbours}
     if settings.none is not None:
         fields["router_none_distance"] = 1.0  # until it is measured
@@ -120,15 +122,22 @@ def make_router(
     if inputs.rows is None:
         return model, None
     data = router_data(model, inputs, progress)
-    comparison: list[dict] = []
-    if router_type(inputs) == "auto":
-        layers, width = _auto_layers(first, inputs), first.config.hidden_size
-        candidate, comparison = choose(data, layers, width, model.config.vocab_size or 0, recipe, progress.say)
-        del model  # two at once would double the memory
-        model = assemble(routing_fields(first, inputs, candidate))
-        data = candidate.select(data, layers, width)
-    report = fit_router(model, data, inputs, progress)
-    return model, replace(report, comparison=comparison)
+    if router_type(inputs) != "auto":
+        return model, fit_router(model, data, inputs, progress)
+    layers, width = _auto_layers(first, inputs), first.config.hidden_size
+    known = {"experts": inputs.entries, "vocab_size": model.config.vocab_size or 0}
+    plain = {"router_none_distance": None, "router_none_dimension": None}
+
+    def make(candidate: Candidate) -> nn.Module:
+        return new_router(SimpleNamespace(**known, **{**routing_fields(first, inputs, candidate), **plain}))
+
+    choice = choose(data, layers, width, make, recipe, progress.say)
+    inputs.notes += [choice.note] if choice.note else []
+    del model  # two at once would double the memory
+    model = assemble(routing_fields(first, inputs, choice.candidate))
+    model.router.load_state_dict(choice.router.state_dict(), strict=False)  # a `none` route is learned next
+    report = settle_router(model, choice.candidate.select(data, layers, width), recipe)
+    return model, replace(report, comparison=choice.comparison)
 
 
 def fit_router(model: Any, data: RouterData, inputs: Inputs, progress: Progress) -> RouterReport:

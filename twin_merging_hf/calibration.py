@@ -8,7 +8,7 @@ from twin_merging_hf.modeling.heads_twin_merging import LabelSpace
 
 from .evaluation import artifact_outputs
 from .preflight import Inputs
-from .router_training import fit_temperature
+from .temperature import fit_temperature
 
 
 # Fewer rows say too little about probabilities, more than this cost time and change nothing.

@@ -6,7 +6,6 @@ than features the covariance is never formed: its row space says it all.
 """
 
 import torch
-from torch import nn
 
 from twin_merging_hf.modeling.routing_twin_merging import (
     CentroidRouter,
@@ -16,6 +15,7 @@ from twin_merging_hf.modeling.routing_twin_merging import (
 )
 
 from .errors import TwinMergingError
+from .temperature import temperature_losses
 
 
 # Share of the average variance that is added to every direction: features outnumber what the rows can tell about them.
@@ -24,7 +24,6 @@ _LARGEST_COVARIANCE = 4096
 # Rows that a token is taken to have been seen in besides those it was (naive Bayes' smoothing).
 _SMOOTHING = 0.1
 _LEXICAL_WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5)
-_TEMPERATURES = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 
 
 def centres_of(features: torch.Tensor, experts: torch.Tensor, count: int) -> torch.Tensor:
@@ -77,10 +76,9 @@ def fit_lexical_weight(router: LexicalRouter, held_out: torch.Tensor, experts: t
     best, chosen = float("inf"), 0.0
     for weight in _LEXICAL_WEIGHTS:
         router.weight.fill_(weight)
-        logits = router.score(held_out)
-        losses = [float(nn.functional.cross_entropy(logits / t, experts)) for t in _TEMPERATURES]
-        if min(losses) < best:
-            best, chosen = min(losses), weight
+        loss = float(temperature_losses(router.score(held_out), experts).min())
+        if loss < best:
+            best, chosen = loss, weight
     router.weight.fill_(chosen)
 
 

@@ -6,22 +6,15 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import nn
 
-from twin_merging_hf.modeling.routing_twin_merging import (
-    CentroidRouter,
-    LexicalRouter,
-    LinearRouter,
-    MLPRouter,
-    NeighbourRouter,
-)
-
 from .recipe import Recipe
 from .router_training import RouterData, router_report, train_router
 
 
 _MOST_LAYERS = 6
-NEIGHBOUR_DIMENSION = 64
 # The paper's network grows with the square of its input: shown for comparison where that is cheap.
 _WIDEST_MLP = 1024
+# Held-out accuracy that a `full` pass, which runs the shared model twice, must add to any shorter one.
+_WORTH_A_PASS = 0.02
 
 
 @dataclass(frozen=True)
@@ -72,51 +65,85 @@ def candidates(layers: tuple[int, ...], width: int, text: bool) -> list[Candidat
     return found
 
 
+@dataclass(frozen=True)
+class Choice:
+    """
+    What `auto` took.
+
+    router: of the winner, fitted. comparison: the figures of all candidates (type, layers, pass, accuracy, negative
+    log-likelihood, temperature, chosen). note: what a reader of the report should know, or None.
+    """
+
+    candidate: Candidate
+    router: nn.Module
+    comparison: list[dict]
+    note: str | None
+
+
 def choose(
-    data: RouterData, layers: tuple[int, ...], width: int, vocabulary: int, recipe: Recipe, say: Callable[[str], None]
-) -> tuple[Candidate, list[dict]]:
+    data: RouterData,
+    layers: tuple[int, ...],
+    width: int,
+    make: Callable[[Candidate], nn.Module],
+    recipe: Recipe,
+    say: Callable[[str], None],
+) -> Choice:
     """
     Fit every candidate on train rows and compare them on held-out rows.
 
     The winner is the one whose pass is shortest among those within one standard error of the best held-out accuracy
-    (Breiman's rule), then the most accurate. A `full` pass, which runs the shared model twice, wins only where no other
-    is possible.
+    (Breiman's rule), then the most accurate. A `full` pass, which runs the shared model twice, wins only where it finds
+    clearly more rows than any shorter one: by two standard errors, and by two rows of a hundred.
 
-    Returns:
-        The winner, and the figures of all (type, layers, pass, accuracy, negative log-likelihood, temperature).
+    Args:
+        make: gives a candidate's router, not yet fitted.
     """
     measured: list[tuple[Candidate, dict]] = []
+    routers: list[nn.Module] = []
     text = data.train_tokens is not None
     for candidate in candidates(layers, width, text):
-        part = candidate.select(data, layers, width)
-        router = _new(candidate, part, recipe, vocabulary)
+        part, router = candidate.select(data, layers, width), make(candidate)
         train_router(router, part, recipe.router, recipe.seed)
         figures = asdict(router_report(router.eval(), part, candidate.type, recipe.router.temperature))
         shown = {key: round(figures[key], 4) for key in ("accuracy", "negative_log_likelihood", "temperature")}
         entry = {"type": candidate.type, "layers": list(candidate.layers), "pass": candidate.router_pass, **shown}
         measured.append((candidate, entry))
+        routers.append(router)
         say(f"router {candidate.type}, layers {list(candidate.layers) or 'last'}: {shown['accuracy']:.1%} held out")
     winner = _winner(measured, len(data.held_out))
-    return winner, [{**entry, "chosen": candidate is winner} for candidate, entry in measured]
+    comparison = [{**entry, "chosen": candidate is winner} for candidate, entry in measured]
+    place = next(index for index, entry in enumerate(comparison) if entry["chosen"])
+    return Choice(winner, routers[place], comparison, _note(winner, measured))
+
+
+def _best(measured: list[tuple[Candidate, dict]], router_pass: str) -> float | None:
+    return max(
+        (entry["accuracy"] for candidate, entry in measured if candidate.router_pass == router_pass), default=None
+    )
 
 
 def _winner(measured: list[tuple[Candidate, dict]], rows: int) -> Candidate:
-    cheap = [item for item in measured if item[0].router_pass == "prefix"] or measured
-    best = max(entry["accuracy"] for _, entry in cheap)
-    error = (best * (1 - best) / rows) ** 0.5
-    good = [item for item in cheap if item[1]["accuracy"] >= best - error]
+    prefix, full = _best(measured, "prefix"), _best(measured, "full")
+    taken = "prefix"
+    if full is not None and (prefix is None or full - prefix > max(_WORTH_A_PASS, 2 * _standard_error(full, rows))):
+        taken = "full"
+    open_to = [item for item in measured if item[0].router_pass == taken]
+    best = max(entry["accuracy"] for _, entry in open_to)
+    good = [item for item in open_to if item[1]["accuracy"] >= best - _standard_error(best, rows)]
     shallowest = min(max(candidate.layers, default=0) for candidate, _ in good)
     level = [item for item in good if max(item[0].layers, default=0) == shallowest]
     return max(level, key=lambda item: (item[1]["accuracy"], -item[1]["negative_log_likelihood"]))[0]
 
 
-def _new(candidate: Candidate, data: RouterData, recipe: Recipe, vocabulary: int) -> nn.Module:
-    settings, size, experts = recipe.router, data.train.shape[1], int(data.train_experts.max()) + 1
-    if candidate.type == "knn":
-        dimension = min(settings.rank or NEIGHBOUR_DIMENSION, size)
-        return NeighbourRouter(size, experts, dimension, settings.exemplars, settings.neighbours)
-    if candidate.type == "centroid":
-        return CentroidRouter(size, list(data.centres))
-    if candidate.type == "lexical":
-        return LexicalRouter(size, list(data.centres), vocabulary)
-    return (MLPRouter if candidate.type == "mlp" else LinearRouter)(size, experts)
+def _standard_error(share: float, rows: int) -> float:
+    return (share * (1 - share) / rows) ** 0.5
+
+
+def _note(winner: Candidate, measured: list[tuple[Candidate, dict]]) -> str | None:
+    prefix, full = _best(measured, "prefix"), _best(measured, "full")
+    if winner.router_pass == "prefix" or prefix is None:
+        return None
+    return (
+        f"`router: auto` took a `full` pass, which runs the shared model twice: its last state finds {full:.1%} of held-out "
+        f"rows, no earlier one more than {prefix:.1%}; name `router.type` and `router.layer` for a shorter pass"
+    )

@@ -20,14 +20,13 @@ from .closed_form import fit_centroid, fit_lexical_weight, fit_lexicon, fit_neig
 from .compression import truncated_svd
 from .errors import TwinMergingError
 from .recipe import RouterSettings
+from .temperature import fit_temperature
 
 
 _WEIGHT_DECAY = 1e-3
 _LBFGS_STEPS = 200
 _MLP_BATCH = 64
-_AS_GOOD = 1e-3
 _LEAST_OF_CENTRE = 20
-_TEMPERATURES = torch.logspace(-1.5, 1.0, 101)
 
 
 @dataclass(frozen=True)
@@ -216,18 +215,6 @@ def _run_epochs(
     if best_state is None:
         raise TwinMergingError("the mlp router's loss is not finite; lower `router.lr`")
     router.load_state_dict(best_state)
-
-
-def fit_temperature(logits: torch.Tensor, experts: torch.Tensor) -> float:
-    """
-    Temperature that gives held-out rows the highest likelihood (Guo et al. 2017), from a grid of 0.03 to 10.
-
-    Of those that are as good to a thousandth of a nat, the nearest to 1: rows that separate perfectly would else drive
-    it to the end of the grid, where every weight is 0 or 1.
-    """
-    losses = torch.stack([nn.functional.cross_entropy(logits / t, experts) for t in _TEMPERATURES])
-    good = _TEMPERATURES[losses <= losses.min() + _AS_GOOD]
-    return float(good[good.log().abs().argmin()])
 
 
 @torch.no_grad()

@@ -325,7 +325,7 @@ def test_a_second_run_reads_its_answers_from_the_cache(text, table, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "names", ["rank,shift", pytest.param("routers,bytes,experts,unseen,long", marks=pytest.mark.slow)]
+    "names", ["rank,shift", pytest.param("routers,bytes,ablations,experts,unseen,long", marks=pytest.mark.slow)]
 )
 def test_sweeps_write_what_they_say(text, table, monkeypatch, names):
     sweeps = module("sweeps")
@@ -348,6 +348,7 @@ def test_sweeps_write_what_they_say(text, table, monkeypatch, names):
         ratios = {row["method"]: float(row["storage_ratio"]) for row in found["bytes"]}
         assert ratios["BitDelta"] < ratios["EMR-Merging"]
         assert [row["held_out_task"] for row in found["unseen"]] == [*TASKS, "mean"]
+        assert [row["method"] for row in found["ablations"]] == ["svd", "magnitude", "bernoulli"]
 
 
 def test_unknown_methods_and_sweeps_are_named(text, table, monkeypatch):
