@@ -49,8 +49,8 @@ RECIPE = """\
 base_model: base
 merge_method: linear
 experts:
-{experts}exclusive: {{method: svd, rank: 16}}
-router: {{type: linear}}
+{experts}exclusive: {{rank: 16, dtype: int4}}
+router: auto
 """
 RECIPE_EXPERT = """\
   - name: {0}

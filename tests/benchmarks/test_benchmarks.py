@@ -351,6 +351,16 @@ def test_sweeps_write_what_they_say(text, table, monkeypatch, names):
         assert [row["method"] for row in found["ablations"]] == ["svd", "magnitude", "bernoulli"]
 
 
+@pytest.mark.slow
+def test_trainings_side_by_side_give_the_same_weights(text, monkeypatch):
+    found = []
+    for threads in ("1", "2"):
+        run_text(text, monkeypatch, "--only", "experts", "--cache", str(text / f"cache{threads}"), "--threads", threads)
+        models = sorted((text / f"cache{threads}" / "models").iterdir())
+        found.append({path.name: (path / "model.safetensors").read_bytes() for path in models})
+    assert len(found[0]) == len(TASKS) + 2 and found[0] == found[1]
+
+
 def test_unknown_methods_and_sweeps_are_named(text, table, monkeypatch):
     with pytest.raises(SystemExit, match="no method 'nonsense'"):
         run_text(text, monkeypatch, "--only", "nonsense")
