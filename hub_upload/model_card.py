@@ -9,8 +9,20 @@ from twin_merging_hf.modeling import TwinMergingConfig
 
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
-_TASKS = {"text": "text-classification", "image": "image-classification", "tokens": "token-classification"}
-_EXAMPLES = {"text": '["a text", "another text"]', "image": '["image.png"]', "tokens": '["a text", "another text"]'}
+_TASKS = {
+    "text": "text-classification",
+    "image": "image-classification",
+    "tokens": "token-classification",
+    "prompt": "text-generation",
+    "masked": "fill-mask",
+}
+_EXAMPLES = {
+    "text": '["a text", "another text"]',
+    "image": '["image.png"]',
+    "tokens": '["a text", "another text"]',
+    "prompt": '["a prompt", "another prompt"]',
+    "masked": '["a text with a [MASK]"]',
+}
 _OPTIONS = {"tokens": ', aggregation_strategy="simple"'}
 _KINDS = {"regression": "regression", "token_classification": "tags"}
 

@@ -3,14 +3,20 @@
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
 
 from .configuration_twin_merging import TwinMergingConfig
 from .modeling_twin_merging import (
+    TwinMergingForCausalLM,
     TwinMergingForImageClassification,
+    TwinMergingForMaskedLM,
+    TwinMergingForSeq2SeqLM,
     TwinMergingForSequenceClassification,
     TwinMergingForTokenClassification,
     TwinMergingModel,
@@ -23,6 +29,9 @@ AUTO_CLASSES = {
     AutoModelForSequenceClassification: TwinMergingForSequenceClassification,
     AutoModelForTokenClassification: TwinMergingForTokenClassification,
     AutoModelForImageClassification: TwinMergingForImageClassification,
+    AutoModelForCausalLM: TwinMergingForCausalLM,
+    AutoModelForSeq2SeqLM: TwinMergingForSeq2SeqLM,
+    AutoModelForMaskedLM: TwinMergingForMaskedLM,
 }
 
 
@@ -39,7 +48,10 @@ register()
 
 __all__ = [
     "TwinMergingConfig",
+    "TwinMergingForCausalLM",
     "TwinMergingForImageClassification",
+    "TwinMergingForMaskedLM",
+    "TwinMergingForSeq2SeqLM",
     "TwinMergingForSequenceClassification",
     "TwinMergingForTokenClassification",
     "TwinMergingModel",

@@ -16,7 +16,9 @@ ROUTER_PASSES = ("prefix", "full")
 EXPERT_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 RESERVED_EXPERT_NAMES = ("all", "none", "__shared__", "__base__")
 FACTOR_DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
-PROBLEM_TYPES = ("single_label_classification", "regression", TOKEN_CLASSES)
+LANGUAGE = "language_modeling"
+"""`problem_type` of an expert that writes tokens; it has no labels."""
+PROBLEM_TYPES = ("single_label_classification", "regression", TOKEN_CLASSES, LANGUAGE)
 
 
 def check_expert_names(names: list[str]) -> None:
@@ -86,7 +88,11 @@ class TwinMergingConfig(PreTrainedConfig):
     # Declared so that dtype and attention settings reach the shared model. Built in __post_init__ by hand because
     # `SubConfigSpec` does not exist in every supported version of Transformers.
     sub_configs = {"shared_config": AutoConfig}
-    keys_to_ignore_at_inference = ["expert_logits", "expert_weights", "hidden_states", "attentions", "pooler_output"]
+    keys_to_ignore_at_inference = [
+        "expert_logits", "expert_weights", "hidden_states", "attentions", "pooler_output", "cache", "past_key_values",
+        "cross_attentions", "decoder_hidden_states", "decoder_attentions", "encoder_last_hidden_state",
+        "encoder_hidden_states", "encoder_attentions",
+    ]  # fmt: skip
 
     shared_config: Any = None
     shared_class: str = ""
@@ -151,7 +157,9 @@ class TwinMergingConfig(PreTrainedConfig):
 
     @property
     def label_names(self) -> list[str]:
-        """Names of the union label space, in the order of `logits`' columns."""
+        """Names of the union label space, in the order of `logits`' columns; none for language models."""
+        if all(expert["problem_type"] == LANGUAGE for expert in self.experts):
+            return []
         return [str(label) for _, label in sorted((self.id2label or {}).items())]  # type: ignore[type-var]
 
     @property
@@ -186,9 +194,11 @@ class TwinMergingConfig(PreTrainedConfig):
         check_expert_names(self.expert_names)
         for expert in self.experts:
             labels = expert.get("labels")
-            if not isinstance(labels, list) or not labels or len(set(labels)) != len(labels):
+            language = expert.get("problem_type") == LANGUAGE
+            if not isinstance(labels, list) or bool(labels) == language or len(set(labels)) != len(labels):
                 raise ValueError(
-                    f"expert {expert['name']!r}: `labels` must be a list of different names, got {labels!r}"
+                    f"expert {expert['name']!r}: `labels` must be a list of different names (empty for language models), "
+                    f"got {labels!r}"
                 )
             if expert.get("problem_type") not in PROBLEM_TYPES:
                 raise ValueError(

@@ -12,6 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .architectures_twin_merging import (
+    CHILD_RULES,
+    RMS_NORMS,
+    LookedUpRows,
+    PerRowRelativeBias,
+    architecture_rule,
+    shell_of,
+)
 from .factors_twin_merging import (
     Conv1DDelta,
     Conv2dDelta,
@@ -32,7 +40,9 @@ def delta_key(parameter_name: str) -> str:
 
 def is_rms_norm(module: nn.Module) -> bool:
     """True for root-mean-square norms; a build's final probe proves that the rule fits the module at hand."""
-    return "RMSNorm" in type(module).__name__ and [name for name, _ in module.named_parameters()] == ["weight"]
+    name = type(module).__name__
+    known = "RMSNorm" in name or name in RMS_NORMS
+    return known and [name for name, _ in module.named_parameters()] == ["weight"]
 
 
 def delta_rule(owner: nn.Module, attribute: str, parameter: torch.Tensor) -> str | None:
@@ -41,6 +51,9 @@ def delta_rule(owner: nn.Module, attribute: str, parameter: torch.Tensor) -> str
 
     Rules hold for exact types: a subclass may compute something else in its forward.
     """
+    special = architecture_rule(owner, attribute)
+    if special is not None:
+        return special
     kind = type(owner)
     if attribute == "bias" and kind in (nn.Linear, Conv1D, nn.Conv2d, nn.LayerNorm):
         return "bias"
@@ -68,7 +81,16 @@ def is_vector(shape: torch.Size) -> bool:
     return len(shape) == 1 or (len(shape) == 3 and shape[0] == 1 and 1 in shape[1:])
 
 
-_FACTORED = {"linear": LinearDelta, "conv1d": Conv1DDelta, "embedding": EmbeddingDelta, "table": TableDelta}
+_FACTORED = {
+    "linear": LinearDelta,
+    "conv1d": Conv1DDelta,
+    "embedding": EmbeddingDelta,
+    "scaled_embedding": EmbeddingDelta,
+    "looked_up_embedding": EmbeddingDelta,
+    "table": TableDelta,
+    "relative_bias": TableDelta,
+}
+_SPARSE = {"scaled_embedding": "embedding", "looked_up_embedding": "embedding", "relative_bias": "table"}
 
 
 def new_factored(rule: str, owner: Any, parameter: torch.Tensor, ranks: list, storage: str) -> nn.Module:
@@ -84,7 +106,7 @@ def new_factored(rule: str, owner: Any, parameter: torch.Tensor, ranks: list, st
 def new_sparse(rule: str, owner: Any, parameter: torch.Tensor, counts: list) -> nn.Module:
     """Make the (uninitialised) module of one parameter's sparse deltas."""
     settings = _convolution_settings(owner) if rule == "conv2d" else {}
-    return SparseDelta(rule, counts, tuple(parameter.shape), settings)
+    return SparseDelta(_SPARSE.get(rule, rule), counts, tuple(parameter.shape), settings)
 
 
 def _convolution_settings(owner: Any) -> dict:
@@ -115,6 +137,10 @@ def _module_term(module, x, output, delta, call: CallWeights):
     return delta(x, call)
 
 
+def _scaled_term(module, x, output, delta, call: CallWeights):
+    return delta(x, call) * module.embed_scale
+
+
 def _bias_term(module, x, output, delta, call):
     bias = delta(call)
     if type(module) is nn.Conv2d:
@@ -140,6 +166,7 @@ _TERMS = {
     "linear": _module_term,
     "conv1d": _module_term,
     "embedding": _module_term,
+    "scaled_embedding": _scaled_term,
     "conv2d": _module_term,
     "bias": _bias_term,
     "layer_norm": _layer_norm_term,
@@ -172,8 +199,7 @@ class PerRowParameters:
         return type(module).forward(self._shell(per_row), *args, **kwargs)
 
     def _shell(self, parameters: dict) -> nn.Module:
-        shell = object.__new__(type(self.module))
-        shell.__dict__.update(self.module.__dict__)
+        shell = shell_of(self.module)
         shell.__dict__["_parameters"] = {**self.module._parameters, **parameters}
         if hasattr(type(self.module), "interpolate_pos_encoding"):
             shell.__dict__["interpolate_pos_encoding"] = RowByRowInterpolation(self, parameters)
@@ -228,24 +254,34 @@ def attach_deltas(
         if name not in owners:
             raise ValueError(f"the config has a delta for {name!r}, but the shared model has no such parameter")
         holders, parameter = owners[name]
-        delta = None
-        for owner, attribute in holders:
-            rule = delta_rule(owner, attribute, parameter)
-            if rule is None:
-                raise ValueError(f"no rule lets a delta of {name!r} ({type(owner).__name__}) act per row")
-            if delta is None:
-                if name in ranks:
-                    delta = new_factored(rule, owner, parameter, ranks[name], storage)
-                elif name in sparse:
-                    delta = new_sparse(rule, owner, parameter, sparse[name])
-                else:
-                    delta = ExactDelta(experts, tuple(parameter.shape))
-                deltas[delta_key(name)] = delta
+        rules = [delta_rule(owner, attribute, parameter) for owner, attribute in holders]
+        if None in rules:
+            owner = holders[rules.index(None)][0]
+            raise ValueError(f"no rule lets a delta of {name!r} ({type(owner).__name__}) act per row")
+        # One delta for all holders of a tied parameter; that of an embedding serves an output layer too.
+        first = next((place for place, rule in enumerate(rules) if str(rule).endswith("embedding")), 0)
+        rule, owner = rules[first], holders[first][0]
+        if name in ranks:
+            delta = new_factored(rule, owner, parameter, ranks[name], storage)
+        elif name in sparse:
+            delta = new_sparse(rule, owner, parameter, sparse[name])
+        else:
+            delta = ExactDelta(experts, tuple(parameter.shape))
+        deltas[delta_key(name)] = delta
+        for (owner, attribute), rule in zip(holders, rules, strict=True):
             _attach(hooks, owner, attribute, rule, delta, mix)
     return deltas
 
 
 def _attach(hooks: dict, owner: Any, attribute: str, rule: str, delta: nn.Module, mix: ExpertMix) -> None:
+    if rule == "unread":
+        return
+    if rule == "looked_up_embedding":
+        owner.forward = LookedUpRows(owner, mix, delta)
+        return
+    if rule == "relative_bias":
+        owner.compute_bias = PerRowRelativeBias(owner, mix, delta)
+        return
     if rule == "table":
         if not isinstance(owner.__dict__.get("forward"), PerRowParameters):
             owner.forward = PerRowParameters(owner, mix)
@@ -258,13 +294,27 @@ def _attach(hooks: dict, owner: Any, attribute: str, rule: str, delta: nn.Module
 
 
 def parameter_owners(model: nn.Module) -> dict:
-    """Map each parameter's first name to ([(module, attribute), ...], parameter); tied ones have several holders."""
+    """
+    Map each parameter's first name to ([(module, attribute), ...], parameter); tied ones have several holders.
+
+    Where a parent uses its child's weight in a way of its own (`CHILD_RULES`), (parent, child's name) is the holder.
+    """
+    parents = {
+        id(getattr(module, child)): (module, child)
+        for module in model.modules()
+        for child in CHILD_RULES.get(type(module).__name__, {})
+        if child in module._modules
+    }
+    # While a checkpoint is being loaded, parameters that will be tied are not yet the same object.
+    tied: dict = getattr(model, "all_tied_weights_keys", None) or {}
     first_name: dict = {}
     owners: dict = {}
     for path, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            name = first_name.setdefault(id(parameter), f"{path}.{attribute}" if path else attribute)
-            owners.setdefault(name, ([], parameter))[0].append((module, attribute))
+            own_name = f"{path}.{attribute}" if path else attribute
+            name = first_name.setdefault(id(parameter), tied.get(own_name, own_name))
+            holder = parents.get(id(module), (module, attribute))
+            owners.setdefault(name, ([], parameter))[0].append(holder)
     return owners

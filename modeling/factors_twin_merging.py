@@ -110,14 +110,18 @@ class FactoredDelta(nn.Module):
             columns = columns.float() * self.scale.float()
         return columns.to(dtype)
 
+    def as_linear(self, x: torch.Tensor, call: CallWeights) -> torch.Tensor:
+        """What the deltas add to x W^T, for a weight W [m, n]."""
+        dtype = self.factor_dtype(x)
+        h = F.linear(x.to(dtype), self.down_matrix(dtype))
+        return F.linear(h * rows_like(self.coefficients(call, dtype), x), self.up_matrix(dtype))
+
 
 class LinearDelta(FactoredDelta):
     """`nn.Linear` weight [out, in]."""
 
     def forward(self, x: torch.Tensor, call: CallWeights) -> torch.Tensor:
-        dtype = self.factor_dtype(x)
-        h = F.linear(x.to(dtype), self.down_matrix(dtype))
-        return F.linear(h * rows_like(self.coefficients(call, dtype), x), self.up_matrix(dtype))
+        return self.as_linear(x, call)
 
 
 class Conv1DDelta(FactoredDelta):
@@ -130,9 +134,11 @@ class Conv1DDelta(FactoredDelta):
 
 
 class EmbeddingDelta(FactoredDelta):
-    """`nn.Embedding` weight [vocabulary, hidden]."""
+    """`nn.Embedding` weight [vocabulary, hidden]; also as the weight of the output layer that is tied to it."""
 
     def forward(self, ids: torch.Tensor, call: CallWeights) -> torch.Tensor:
+        if ids.is_floating_point():  # hidden states: the output layer
+            return self.as_linear(ids, call)
         # One-dimensional ids are positions shared by all rows: each row gets its own table entries.
         h = self.up_rows(ids if ids.dim() > 1 else ids[None])
         dtype = self.factor_dtype()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .configuration_twin_merging import LANGUAGE
 from .tags_twin_merging import OUTSIDE, TOKEN_CLASSES, union_tags
 
 
@@ -16,7 +17,7 @@ class LabelSpace:
     kind:
         `union`: experts in order, each one's labels as "{expert}/{label}"; `same`: all experts have one set of label
         names, which are the labels; `value`: all experts are regressions, one number; `tags`: experts tag tokens, each
-        with labels of its own but one shared `O` (see `union_tags`).
+        with labels of its own but one shared `O` (see `union_tags`); `language`: experts write tokens, no labels.
     labels: names of the columns of `logits` and `expert_logits`.
     spans: for each expert, its columns (start, stop) in the concatenated head outputs.
     orders: for each expert, the order that brings its outputs to `labels` (`same`), or the column of each of its own
@@ -48,7 +49,9 @@ class LabelSpace:
             start = spans[-1][1]
         first = list(experts[0]["labels"])
         orders: tuple = ()
-        if all(regression):
+        if all(expert["problem_type"] == LANGUAGE for expert in experts):
+            kind, labels = "language", ()
+        elif all(regression):
             names = {label for expert in experts for label in expert["labels"]}
             kind, labels = "value", tuple(names if len(names) == 1 else ["value"])
         elif not any(regression) and all(_mergeable(expert["labels"], first) for expert in experts):

@@ -15,14 +15,23 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, TransformersKwargs, cached_file, logging
 
+from .architectures_twin_merging import RMS_NORMS  # noqa: F401 - older loaders copy what is named here
 from .classification_twin_merging import ClassificationMixin, TwinMergingClassifierOutput
-from .configuration_twin_merging import TwinMergingConfig
+from .configuration_twin_merging import LANGUAGE, TwinMergingConfig
 from .deltas_twin_merging import attach_deltas
 from .factors_twin_merging import INTEGER_BITS, ExactDelta, FactoredDelta
+from .generation_twin_merging import (
+    CausalLMMixin,
+    MaskedLMMixin,
+    Seq2SeqLMMixin,
+    TwinMergingCausalLMOutput,
+    TwinMergingMaskedLMOutput,
+    TwinMergingSeq2SeqLMOutput,
+)
 from .heads_twin_merging import LabelSpace
 from .mix_twin_merging import ALL, CallWeights, CheckpointWithWeights, ExpertMix
 from .padding_twin_merging import TOKEN_INPUTS, align_left, restore_order
@@ -37,7 +46,7 @@ from .routing_twin_merging import (
     new_router,
     weights_from_logits,
 )
-from .shared_twin_merging import build_shared, find_shared_class
+from .shared_twin_merging import LANGUAGE_MODELS, build_shared, find_shared_class
 from .sparse_twin_merging import SparseDelta
 from .tags_twin_merging import TOKEN_CLASSES
 from .token_classification_twin_merging import TokenClassificationMixin, TwinMergingTokenClassifierOutput
@@ -53,6 +62,9 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": f"{MODEL_FILE}.TwinMergingForSequenceClassification",
     "AutoModelForTokenClassification": f"{MODEL_FILE}.TwinMergingForTokenClassification",
     "AutoModelForImageClassification": f"{MODEL_FILE}.TwinMergingForImageClassification",
+    "AutoModelForCausalLM": f"{MODEL_FILE}.TwinMergingForCausalLM",
+    "AutoModelForSeq2SeqLM": f"{MODEL_FILE}.TwinMergingForSeq2SeqLM",
+    "AutoModelForMaskedLM": f"{MODEL_FILE}.TwinMergingForMaskedLM",
 }
 _INPUT_NAMES = (*TOKEN_INPUTS, "pixel_values")
 
@@ -97,9 +109,13 @@ class TwinMergingPreTrainedModel(PlansMixin, PreTrainedModel):
                 f"{type(self).__name__} cannot serve a shared {config.shared_class}; load this artifact with "
                 f"`{auto_class}` (or `AutoModel` for hidden states)"
             )
-        tags_tokens = all(expert["problem_type"] == TOKEN_CLASSES for expert in config.experts)
-        if tags_tokens != (auto_class == "AutoModelForTokenClassification"):
-            raise ValueError(f"`problem_type` of the experts does not fit a shared {config.shared_class}")
+        types = {expert["problem_type"] for expert in config.experts}
+        for problem_type, fits in (
+            (TOKEN_CLASSES, auto_class == "AutoModelForTokenClassification"),
+            (LANGUAGE, auto_class in LANGUAGE_MODELS),
+        ):
+            if (types == {problem_type}) != fits:
+                raise ValueError(f"`problem_type` of the experts does not fit a shared {config.shared_class}")
         self.shared = build_shared(config)
         self.mix = ExpertMix()
         self.label_space = LabelSpace.of(config.experts)
@@ -115,8 +131,8 @@ class TwinMergingPreTrainedModel(PlansMixin, PreTrainedModel):
         self.router = new_router(config)
         self._reader = self._hook_routing_states()
         self.main_input_name = self.shared.main_input_name
-        self._accepted = _accepted_arguments(self.shared)
-        self._body_accepts = _accepted_arguments(self.shared.base_model)
+        self._accepted = _accepted_arguments(self.shared) | ({"labels"} if self._hands_labels_down else set())
+        self._body_accepts = _accepted_arguments(self._routing_body()) - _NOT_ROUTED_ON
         self.post_init()
 
     def _hook_routing_states(self) -> StateReader:
@@ -232,6 +248,7 @@ class TwinMergingPreTrainedModel(PlansMixin, PreTrainedModel):
         return weights.float()
 
     _mixes_heads = False
+    _hands_labels_down = False
     _per_token: tuple = ()
     """Fields of the output, beside hidden states and attentions, that stand [batch, token, ...]."""
 
@@ -261,7 +278,15 @@ class TwinMergingPreTrainedModel(PlansMixin, PreTrainedModel):
         body_inputs = {name: value for name, value in inputs.items() if name in self._body_accepts}
         # Never with gradients: activation checkpointing would replay this pass with the answer's weights.
         with torch.no_grad(), self.mix.applied(None):
-            return self._reader.read(lambda: self.shared.base_model(**body_inputs))
+            return self._reader.read(lambda: self._routing_body()(**body_inputs))
+
+    def _routing_body(self) -> nn.Module:
+        """What a routing pass runs: the shared backbone, of an encoder-decoder its encoder."""
+        shared: Any = self.shared
+        return shared.get_encoder() if shared.config.is_encoder_decoder else shared.base_model
+
+    def _align(self, inputs: dict) -> tuple[dict, torch.Tensor | None]:
+        return align_left(inputs)
 
     def route(self, **inputs) -> torch.Tensor:
         """
@@ -285,7 +310,7 @@ class TwinMergingPreTrainedModel(PlansMixin, PreTrainedModel):
         """Check the arguments of a call and return those for the shared model."""
         unknown = [name for name in kwargs if name not in self._accepted and name not in _CALL_KWARGS]
         if unknown:
-            labels = {"labels"} if self._mixes_heads else set()
+            labels = {"labels"} if self._mixes_heads or self._hands_labels_down else set()
             valid = sorted({*self._accepted, *labels, "expert_weights", "experts"})
             raise ValueError(
                 f"{type(self).__name__} got an unknown argument {unknown[0]!r}; it takes {', '.join(valid)}"
@@ -317,7 +342,7 @@ class TwinMergingPreTrainedModel(PlansMixin, PreTrainedModel):
         return weights.to(device).expand(batch, -1)
 
     def _main_input(self, inputs: dict) -> torch.Tensor:
-        for name in ("inputs_embeds", "input_ids", "pixel_values"):
+        for name in ("inputs_embeds", "input_ids", "pixel_values", "decoder_inputs_embeds", "decoder_input_ids"):
             if name in inputs:
                 return inputs[name]
         raise ValueError(f"{type(self).__name__} needs `{self.main_input_name}`")
@@ -344,7 +369,7 @@ class TwinMergingPreTrainedModel(PlansMixin, PreTrainedModel):
         `finish(output)` sees an output whose tokens stand in the caller's order again.
         """
         return_dict = kwargs.pop("return_dict", None)
-        inputs, moved = align_left(self._call_inputs(named, kwargs))
+        inputs, moved = self._align(self._call_inputs(named, kwargs))
         if isinstance(experts, str) and experts == ALL:
             if expert_weights is not None:
                 raise ValueError("give either `experts` or `expert_weights`, not both")
@@ -474,6 +499,8 @@ class TwinMergingPreTrainedModel(PlansMixin, PreTrainedModel):
 
 
 _CALL_KWARGS = {*TransformersKwargs.__annotations__, "return_dict"}
+# A routing pass leaves the caller's cache alone.
+_NOT_ROUTED_ON = {"cache", "past_key_values", "use_cache"}
 
 
 def _accepted_arguments(module: nn.Module) -> set:
@@ -549,13 +576,37 @@ class TwinMergingForImageClassification(ClassificationMixin, TwinMergingPreTrain
     main_input_name = "pixel_values"
 
 
+class TwinMergingForCausalLM(CausalLMMixin, TwinMergingPreTrainedModel, GenerationMixin):
+    """Generation by the right expert for every row, chosen on its prompt."""
+
+    _serves = ("AutoModelForCausalLM",)
+
+
+class TwinMergingForSeq2SeqLM(Seq2SeqLMMixin, TwinMergingPreTrainedModel, GenerationMixin):
+    """Encoder-decoder generation by the right expert for every row, chosen on what the encoder reads."""
+
+    _serves = ("AutoModelForSeq2SeqLM",)
+
+
+class TwinMergingForMaskedLM(MaskedLMMixin, TwinMergingPreTrainedModel):
+    """Masked tokens filled by the right expert for every row."""
+
+    _serves = ("AutoModelForMaskedLM",)
+
+
 __all__ = [
+    "TwinMergingCausalLMOutput",
     "TwinMergingClassifierOutput",
+    "TwinMergingForCausalLM",
     "TwinMergingForImageClassification",
+    "TwinMergingForMaskedLM",
+    "TwinMergingForSeq2SeqLM",
     "TwinMergingForSequenceClassification",
     "TwinMergingForTokenClassification",
+    "TwinMergingMaskedLMOutput",
     "TwinMergingModel",
     "TwinMergingModelOutput",
     "TwinMergingPreTrainedModel",
+    "TwinMergingSeq2SeqLMOutput",
     "TwinMergingTokenClassifierOutput",
 ]

@@ -4,6 +4,8 @@ import torch
 
 
 TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+# Labels of tokens move with them; those of whole rows are no model inputs.
+_MOVED = (*TOKEN_INPUTS, "labels")
 
 
 def align_left(inputs: dict) -> tuple[dict, torch.Tensor | None]:
@@ -21,7 +23,7 @@ def align_left(inputs: dict) -> tuple[dict, torch.Tensor | None]:
     if not torch.compiler.is_compiling() and not bool(moved.any()):
         return inputs, None
     aligned = {name: inputs[name] for name in inputs}
-    for name in TOKEN_INPUTS:
+    for name in _MOVED:
         value = inputs.get(name)
         if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[1] == mask.shape[1]:
             # Positions may be given once for all rows, which now move apart.

@@ -21,6 +21,8 @@ def _conv1d(x, dense, settings):
 
 
 def _embedding(ids, dense, settings):
+    if ids.is_floating_point():  # hidden states: the output layer that is tied to the embedding
+        return F.linear(ids, dense)
     return F.embedding(ids if ids.dim() > 1 else ids[None], dense)
 
 

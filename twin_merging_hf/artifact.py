@@ -262,7 +262,9 @@ def _check_tensors(folder: Path, config: TwinMergingConfig) -> list[str]:
                     problems += found
         except (SafetensorError, OSError) as error:
             raise TwinMergingError(f"{file}: damaged: {error}") from error
-    return problems + [f"tensor {name!r} is missing" for name in sorted(set(expected) - seen)]
+    # Of tied tensors one is stored.
+    unseen = set(expected) - seen - set(skeleton.all_tied_weights_keys)
+    return problems + [f"tensor {name!r} is missing" for name in sorted(unseen)]
 
 
 def expected_tensors(config: TwinMergingConfig) -> set[str]:
@@ -303,8 +305,8 @@ class Inspection:
     """What is inside an artifact, as `inspect` prints it."""
 
     folder: str
-    task: str
-    """Name of the pipeline that serves it."""
+    task: str | None
+    """Name of the pipeline that serves it, if there is one."""
     shared_class: str
     experts: list[dict]
     labels: list[str]
@@ -348,8 +350,8 @@ def inspect_artifact(folder: Path) -> Inspection:
     )
 
 
-def pipeline_task(config: TwinMergingConfig) -> str:
-    """Name of the pipeline that serves an artifact."""
+def pipeline_task(config: TwinMergingConfig) -> str | None:
+    """Name of the pipeline that serves an artifact; None for encoder-decoders, which are called by `generate`."""
     return _PIPELINES[find_shared_class(config.shared_class)[1]]
 
 
@@ -357,6 +359,9 @@ _PIPELINES = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForImageClassification": "image-classification",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSeq2SeqLM": None,  # Transformers has none any more
+    "AutoModelForMaskedLM": "fill-mask",
 }
 
 

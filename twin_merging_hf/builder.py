@@ -20,7 +20,7 @@ from ._version import __version__
 from .artifact import LAYOUT, Storage, check_files, refuse_existing, staged, storage, write_json
 from .build_router import make_router, router_type
 from .calibration import calibrate, calibration_rows
-from .checkpoints import Checkpoint, commit_of, settings_fingerprint
+from .checkpoints import Checkpoint, commit_of, generation_settings, settings_fingerprint
 from .errors import TwinMergingError
 from .pictures import draw_confusion
 from .preflight import Inputs, preflight
@@ -147,8 +147,9 @@ def _assemble(separation: Separation, inputs: Inputs, routing: dict[str, Any]) -
     shared_config.architectures, shared_config.problem_type = None, None
     shared_config._name_or_path = ""
     shared_config.dtype = None
-    shared_config.num_labels = 2
     space = inputs.label_space
+    if space.kind != "language":
+        shared_config.num_labels = 2
     dtype = model_dtype(inputs)
     config = TwinMergingConfig(
         shared_config=shared_config,
@@ -160,9 +161,7 @@ def _assemble(separation: Separation, inputs: Inputs, routing: dict[str, Any]) -
         exact_deltas=separation.exact,
         sparse_deltas=separation.sparse,
         factor_dtype=factor_dtype(inputs),
-        id2label=dict(enumerate(space.labels)),
-        label2id={label: i for i, label in enumerate(space.labels)},
-        problem_type="regression" if space.kind == "value" else "single_label_classification",
+        **_label_fields(inputs),
         provenance=_provenance(inputs),
         dtype=dtype,
         **routing,
@@ -172,10 +171,24 @@ def _assemble(separation: Separation, inputs: Inputs, routing: dict[str, Any]) -
     model = getattr(modeling, AUTO_MAP[auto_class].split(".")[-1])(config).to(dtype)
     model.router.float()
     missing, unexpected = model.load_state_dict(separation.state, strict=False)
-    missing = [name for name in missing if not name.startswith("router.")]
+    missing = [name for name in missing if not name.startswith("router.") and name not in model.all_tied_weights_keys]
     if missing or unexpected:
         raise RuntimeError(f"assembling: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    if model.can_generate():
+        model.generation_config = generation_settings(first)
     return model.eval()
+
+
+def _label_fields(inputs: Inputs) -> dict[str, Any]:
+    """Config fields that say what the outputs mean."""
+    space = inputs.label_space
+    if space.kind == "language":
+        return {"is_encoder_decoder": inputs.experts[0].config.is_encoder_decoder}
+    return {
+        "id2label": dict(enumerate(space.labels)),
+        "label2id": {label: i for i, label in enumerate(space.labels)},
+        "problem_type": "regression" if space.kind == "value" else "single_label_classification",
+    }
 
 
 def _save(model: Any, folder: Path, inputs: Inputs) -> None:

@@ -12,12 +12,12 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
+from twin_merging_hf.modeling.shared_twin_merging import LANGUAGE_MODELS, find_shared_class
 
 from .errors import TwinMergingError
 
@@ -53,6 +53,8 @@ class Checkpoint:
     from_hub: bool = False
     absent: list[str] = field(default_factory=list)
     """Backbone tensors that a base's own class does not have, such as the pooler of a masked language model."""
+    copies: dict[str, tuple[Path, str]] = field(default_factory=dict)
+    """Second copies of tied tensors, by the name of the one that counts."""
     _handles: dict[Path, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -61,13 +63,29 @@ class Checkpoint:
         return self.task_class.base_model_prefix
 
     @cached_property
+    def auto_class(self) -> str:
+        """Name of the Auto class that the task class belongs to."""
+        return find_shared_class(self.task_class.__name__)[1]
+
+    @property
+    def is_language_model(self) -> bool:
+        """True for models that write tokens: all of their tensors are backbone."""
+        return self.auto_class in LANGUAGE_MODELS
+
+    @cached_property
     def backbone(self) -> dict[str, torch.Size]:
         """Shapes, as stored, of all backbone tensors that are there."""
-        return {name: self.shape(name) for name in self.places if name.startswith(f"{self.prefix}.")}
+        return {name: self.shape(name) for name in self.places if self.in_backbone(name)}
+
+    def in_backbone(self, name: str) -> bool:
+        """False for tensors of a task head."""
+        return self.is_language_model or name.startswith(f"{self.prefix}.")
 
     @cached_property
     def head_modules(self) -> list[str]:
         """Direct children with parameters outside the backbone, in order."""
+        if self.is_language_model:
+            return []
         children = self.skeleton.named_children()
         return [name for name, child in children if name != self.prefix and any(True for _ in child.parameters())]
 
@@ -98,7 +116,14 @@ class Checkpoint:
 
     def head_tensors(self) -> list[str]:
         """Names of the tensors outside the backbone."""
-        return [name for name in self.places if not name.startswith(f"{self.prefix}.")]
+        return [name for name in self.places if not self.in_backbone(name)]
+
+    def find_untied(self) -> str | None:
+        """Return the name of a tied tensor of which the files hold two copies that differ, or None."""
+        for name, (file, key) in self.copies.items():
+            if not torch.equal(self._open(file).get_tensor(key), self.tensor(name)):
+                return name
+        return None
 
     def contradictions(self) -> list[str]:
         """Tensors whose shape is not what the config says, as sentences."""
@@ -226,23 +251,24 @@ def open_checkpoint(source: str, folder: Path, role: str, like: Checkpoint | Non
             f"{role}: {path / 'config.json'} describes no {task_class.__name__}: {error!r}"
         ) from error
     files = _weight_files(path, role)
-    places, missing, extra, ignored = _locate(skeleton, files, role)
+    places, missing, extra, ignored, copies = _locate(skeleton, files, role)
     absent: list[str] = []
     if like is not None:
+        in_backbone = like.in_backbone
         own_config = _load_config(path, role)  # `config` has the experts' labels by now
         known = _own_tensors(own_config, like)
         ignored = sorted(set(ignored) | {name for name in extra if name in known})
         extra = [name for name in extra if name not in known]
-        heads = [name for name in places if not name.startswith(f"{task_class.base_model_prefix}.")]
+        heads = [name for name in places if not in_backbone(name)]
         ignored += [name for name in heads if name not in ignored]
         places = {name: place for name, place in places.items() if name not in heads}
-        missing = [name for name in missing if name.startswith(f"{task_class.base_model_prefix}.")]
+        missing = [name for name in missing if in_backbone(name)]
         held = _own_tensors(own_config, None)
         absent = [name for name in missing if held and name not in held]
         missing = [name for name in missing if name not in absent]
     from_hub = not _local_folder(source, folder).is_dir()
     return Checkpoint(
-        role, source, path, config, task_class, skeleton, places, missing, extra, ignored, from_hub, absent
+        role, source, path, config, task_class, skeleton, places, missing, extra, ignored, from_hub, absent, copies
     )
 
 
@@ -267,12 +293,16 @@ def _task_class(config: PreTrainedConfig, role: str) -> type[PreTrainedModel]:
         return find_shared_class(names[0])[0]
     except ValueError as error:
         raise TwinMergingError(
-            f"{role} is a {names[0]}; experts must be checkpoints of one of Transformers' own sequence, token or image "
-            "classification classes (load it with AutoModelForSequenceClassification and save it again, if it has a head)"
+            f"{role} is a {names[0]}; experts must be checkpoints of one of Transformers' own classes for sequence, token or "
+            "image classification or for language modeling (load it with its Auto class, such as "
+            "AutoModelForSequenceClassification or AutoModelForCausalLM, and save it again)"
         ) from error
 
 
 def _with_labels(config: PreTrainedConfig, other: PreTrainedConfig) -> PreTrainedConfig:
+    """A base's config with an expert's number of labels and its choice of tying, which its own class may not have."""
+    if "tie_word_embeddings" in other.to_dict():
+        config.tie_word_embeddings = other.tie_word_embeddings
     config.num_labels = other.num_labels or 2
     return config
 
@@ -308,12 +338,12 @@ def _weight_files(path: Path, role: str) -> dict[str, Path]:
         raise TwinMergingError(f"{role}: the weights in {path} are damaged: {type(error).__name__}: {error}") from error
 
 
-def _locate(skeleton: PreTrainedModel, files: dict[str, Path], role: str) -> tuple[dict, list, list, list]:
+def _locate(skeleton: PreTrainedModel, files: dict[str, Path], role: str) -> tuple[dict, list, list, list, dict]:
     """
     Find each tensor of the task model in the files, by Transformers' own renaming rules.
 
     Returns:
-        places, missing names, extra backbone names, extra head names.
+        places, missing names, extra backbone names, extra head names, second copies of tied tensors.
     """
     expected = skeleton.state_dict()
     prefix = skeleton.base_model_prefix
@@ -338,8 +368,14 @@ def _locate(skeleton: PreTrainedModel, files: dict[str, Path], role: str) -> tup
             extra.append(name)
         else:
             ignored.append(name)
+    copies = {}
+    for target, source in skeleton.all_tied_weights_keys.items():
+        if target in places and source in places:
+            copies[source] = places.pop(target)
+        elif target in places:
+            places[source] = places.pop(target)
     missing = [name for name in expected if name not in places and name not in skeleton.all_tied_weights_keys]
-    return places, missing, extra, ignored
+    return places, missing, extra, ignored, copies
 
 
 def _own_tensors(config: PreTrainedConfig, like: Checkpoint | None) -> set[str]:
@@ -356,3 +392,10 @@ def _own_tensors(config: PreTrainedConfig, like: Checkpoint | None) -> set[str]:
             own = set(own_class(config).state_dict())
         names |= own | {f"{own_class.base_model_prefix}.{name}" for name in own}
     return names
+
+
+def generation_settings(checkpoint: Checkpoint) -> GenerationConfig:
+    """How a checkpoint generates unless told otherwise: its generation_config.json, else what its config says."""
+    if (checkpoint.path / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(checkpoint.path)
+    return GenerationConfig.from_model_config(checkpoint.config)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from twin_merging_hf.modeling.configuration_twin_merging import LANGUAGE
 from twin_merging_hf.modeling.deltas_twin_merging import delta_rule, parameter_owners
 from twin_merging_hf.modeling.heads_twin_merging import LabelSpace
-from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
 from twin_merging_hf.modeling.tags_twin_merging import TOKEN_CLASSES
 
 from .checkpoints import Checkpoint, open_checkpoint
@@ -30,6 +30,12 @@ _NOT_FUNCTION = {
 # Fields of older versions of Transformers that change the function, with the value that newer versions imply.
 _OLD_DEFAULTS: dict[str, Any] = {"position_embedding_type": "absolute", "pruned_heads": {}}
 _KIND_OF_INPUT = {"input_ids": "text", "pixel_values": "image"}
+_KIND_OF_CLASS = {
+    "AutoModelForTokenClassification": "tokens",
+    "AutoModelForCausalLM": "prompt",
+    "AutoModelForSeq2SeqLM": "prompt",
+    "AutoModelForMaskedLM": "masked",
+}
 
 
 @dataclass
@@ -52,7 +58,7 @@ class Inputs:
 
     @property
     def kind(self) -> str:
-        """`text`, `image` or `tokens`."""
+        """`text`, `image`, `tokens`, `prompt` or `masked`."""
         return input_kind(self.experts[0])
 
     @property
@@ -67,14 +73,18 @@ class Inputs:
 
 
 def input_kind(checkpoint: Checkpoint) -> str:
-    """`text` or `image`, by what the model's main input is; `tokens` where texts are tagged word by word."""
-    if _tags_tokens(checkpoint):
-        return "tokens"
+    """
+    `text` or `image`, by what the model's main input is; `tokens` where texts are tagged word by word, `prompt` where they
+    are gone on from or answered, `masked` where they are filled.
+    """
+    kind = _KIND_OF_CLASS.get(checkpoint.auto_class)
+    if kind is not None and checkpoint.skeleton.main_input_name == "input_ids":
+        return kind
     return _KIND_OF_INPUT.get(checkpoint.skeleton.main_input_name, checkpoint.skeleton.main_input_name)
 
 
 def _tags_tokens(checkpoint: Checkpoint) -> bool:
-    return find_shared_class(checkpoint.task_class.__name__)[1] == "AutoModelForTokenClassification"
+    return checkpoint.auto_class == "AutoModelForTokenClassification"
 
 
 def preflight(recipe: Recipe, report: Callable[[str], None] = lambda message: None) -> Inputs:
@@ -109,6 +119,12 @@ def preflight(recipe: Recipe, report: Callable[[str], None] = lambda message: No
         bad = checkpoint.find_not_finite()
         if bad is not None:
             problems.append(f"{checkpoint.role}: tensor {bad!r} holds NaN or infinity; train or save it again")
+        untied = checkpoint.find_untied()
+        if untied is not None:
+            problems.append(
+                f"{checkpoint.role}: its config ties {untied!r} to another tensor, but its files hold two different ones; "
+                "set `tie_word_embeddings` to false in its config.json"
+            )
     _raise(problems)
     merged = [c for c in (shared, base if _uses_base(recipe) else None) if c is not None]
     _check_covered(recipe, [*experts, *merged], first)
@@ -218,6 +234,11 @@ def compare_backbones(checkpoint: Checkpoint, first: Checkpoint) -> list[str]:
 
 def _compare_configs(checkpoint: Checkpoint, first: Checkpoint) -> list[str]:
     mine, others = _functional_fields(checkpoint.config), _functional_fields(first.config)
+    if first.is_language_model:
+        mine, others = (
+            {**found, "tie_word_embeddings": getattr(config, "tie_word_embeddings", None)}
+            for found, config in ((mine, checkpoint.config), (others, first.config))
+        )
     differing = [key for key in sorted({*mine, *others}) if mine.get(key) != others.get(key)]
     return [
         f"{checkpoint.role}: config field {key!r} is {mine.get(key)!r}, but {others.get(key)!r} in {first.role}; "
@@ -241,6 +262,10 @@ def _some(names: list[str], most: int = 3) -> str:
 
 def _entry(checkpoint: Checkpoint, expert: ExpertSpec) -> dict:
     config = checkpoint.config
+    if checkpoint.is_language_model:
+        if expert.labels is not None:
+            raise TwinMergingError(f"{checkpoint.role} is a language model, which has no labels; remove `labels`")
+        return {"name": expert.name, "labels": [], "problem_type": LANGUAGE, "source": expert.model}
     labels = [str(label) for _, label in sorted((config.id2label or {}).items())]  # type: ignore[type-var]
     if expert.labels is not None:
         if len(expert.labels) != len(labels):
@@ -314,7 +339,7 @@ def _label_notes(entries: list[dict]) -> list[str]:
         f"expert {entry['name']!r} has only automatic label names ({entry['labels'][0]}, ...); `labels` in the recipe "
         "gives it readable ones"
         for entry in entries
-        if entry["problem_type"] != "regression" and entry["labels"][0] == "LABEL_0"
+        if entry["problem_type"] != "regression" and entry["labels"][:1] == ["LABEL_0"]
     ]
 
 
@@ -322,7 +347,7 @@ def _common_processing(
     backbones: list[Checkpoint], recipe: Recipe, problems: list[str], notes: list[str]
 ) -> Processing | None:
     kind = input_kind(backbones[0])
-    if kind not in ("text", "image", "tokens"):
+    if kind not in ("text", "image", "tokens", "prompt", "masked"):
         raise TwinMergingError(f"models whose main input is {kind!r} are not supported (only text and images)")
     loaded = []
     for checkpoint in backbones:

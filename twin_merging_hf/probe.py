@@ -25,7 +25,7 @@ _TOKENS = 12
 
 
 def random_inputs(shared: PreTrainedModel, rows: int, seed: int, tokens: int = _TOKENS) -> dict[str, torch.Tensor]:
-    """Random model inputs for a probe: token ids with padding on some rows, or pixels."""
+    """Random model inputs for a probe: token ids with padding on some rows (a decoder's without), or pixels."""
     generator = torch.Generator().manual_seed(seed)
     config = shared.config
     if shared.main_input_name == "pixel_values":
@@ -41,7 +41,10 @@ def random_inputs(shared: PreTrainedModel, rows: int, seed: int, tokens: int = _
     mask = torch.ones(rows, longest, dtype=torch.long)
     for row in range(1, rows, 2):
         mask[row, longest - 1 - row % 3 :] = 0
-    return {"input_ids": torch.where(mask > 0, ids, pad), "attention_mask": mask}
+    inputs = {"input_ids": torch.where(mask > 0, ids, pad), "attention_mask": mask}
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.where(ids == pad, (pad + 1) % config.vocab_size, ids.flip(0))
+    return inputs
 
 
 def dense_model(
@@ -55,10 +58,13 @@ def dense_model(
         weights: [expert].
     """
     task_config = copy.deepcopy(config.shared_config)
-    task_config.num_labels = len(config.experts[head]["labels"])
+    if config.head_modules:
+        task_config.num_labels = len(config.experts[head]["labels"])
     model = find_shared_class(config.shared_class)[0](task_config).float().eval()
     state = {}
     for name, parameter in model.state_dict().items():
+        if name in model.all_tied_weights_keys:  # comes with the one that it is tied to
+            continue
         module = next((m for m in config.head_modules if name.startswith(f"{m}.")), None)
         if module is not None:
             state[name] = tensors[f"shared.{module}.heads.{head}.{name.removeprefix(f'{module}.')}"].float()
@@ -66,7 +72,7 @@ def dense_model(
             state[name] = tensors[f"shared.{name}"].float() + dense_delta(
                 config, tensors, weights, name, parameter.shape
             )
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=not model.all_tied_weights_keys)
     return model
 
 
@@ -134,10 +140,11 @@ def probe(model: nn.Module, seed: int = 0) -> float:
     Run a mixed batch of random inputs and compare each row with its dense model.
 
     Args:
-        model: a loaded classification artifact, float32.
+        model: a loaded artifact, float32.
 
     Returns:
-        The largest absolute difference of `expert_logits`, relative to their spread where that exceeds 1.
+        The largest absolute difference of `expert_logits` (of a language model's `logits`), relative to their spread where
+        that exceeds 1.
 
     Raises:
         TwinMergingError: it exceeds `TOLERANCE`: the deltas do not act as they should in this architecture.
@@ -147,7 +154,8 @@ def probe(model: nn.Module, seed: int = 0) -> float:
     weights = probe_weights(len(config.experts))
     inputs = random_inputs(model.shared, len(weights), seed)  # type: ignore[arg-type]
     try:
-        outputs = model.eval()(**inputs, expert_weights=weights).expert_logits
+        output = model.eval()(**inputs, expert_weights=weights)
+        outputs = output.logits if model.label_space.kind == "language" else output.expert_logits  # type: ignore[union-attr]
     except (RuntimeError, ValueError, IndexError) as error:
         raise TwinMergingError(
             f"a batch that mixes experts does not run in {config.shared_class}: {str(error).splitlines()[0]}. One of its "
@@ -157,7 +165,8 @@ def probe(model: nn.Module, seed: int = 0) -> float:
     for row, row_weights in enumerate(weights):
         single = {name: value[row : row + 1] for name, value in inputs.items()}
         expected, actual = _expected_row(model, config, tensors, row_weights, single), outputs[row]
-        if actual.dim() == 2:  # [token, label]: what stands at padding is nobody's answer
+        # [token, label]: what stands at padding is nobody's answer; a decoder's tokens have none
+        if actual.dim() == 2 and "decoder_input_ids" not in single:
             valid = single["attention_mask"][0] > 0
             expected, actual = expected[valid], actual[valid]
         spread = max(1.0, float(expected.abs().max()))
@@ -173,6 +182,8 @@ def probe(model: nn.Module, seed: int = 0) -> float:
 
 
 def _expected_row(model, config, tensors, weights, single) -> torch.Tensor:
+    if model.label_space.kind == "language":
+        return dense_model(config, tensors, weights, 0)(**single).logits[0].float()
     space = model.label_space
     """Raw outputs [label] or [token, label] of one row; in columns that several experts own, their mean by weight."""
     prior = weights / weights.sum() if float(weights.sum()) > 0 else torch.full_like(weights, 1 / len(weights))

@@ -1,0 +1,336 @@
+"""
+Language models: the row is routed once, on its prompt, and the weights then stay with it while tokens are written.
+
+Caches, masks, positions and decoding are Transformers' own: `generate` is its `generate`, with the expert weights as one
+more tensor of the model's inputs, which it repeats for beams and return sequences like the others.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, MaskedLMOutput, Seq2SeqLMOutput
+
+from .mix_twin_merging import ALL, CallWeights, ExpertMix
+
+
+CACHES = ("cache", "past_key_values")
+"""Names of the cache among a model's arguments: since Transformers 5.24, and before."""
+
+
+@dataclass
+class TwinMergingCausalLMOutput(CausalLMOutputWithCrossAttentions):
+    """As in Transformers, and behind it the weights that acted: `expert_weights` [batch, expert]."""
+
+    expert_weights: torch.FloatTensor | None = None
+
+
+@dataclass
+class TwinMergingMaskedLMOutput(MaskedLMOutput):
+    """As in Transformers, and behind it the weights that acted: `expert_weights` [batch, expert]."""
+
+    expert_weights: torch.FloatTensor | None = None
+
+
+@dataclass
+class TwinMergingSeq2SeqLMOutput(Seq2SeqLMOutput):
+    """As in Transformers, and behind it the weights that acted: `expert_weights` [batch, expert]."""
+
+    expert_weights: torch.FloatTensor | None = None
+
+
+class LanguageModelMixin:
+    """What makes a Twin-Merging model write tokens: its head is backbone, and it hands labels down."""
+
+    _hands_labels_down = True
+    _output_class: type
+    # Of the model that this is mixed into.
+    shared: Any
+    config: Any
+    mix: ExpertMix
+    expert_names: list
+    _accepted: set
+    _answer: Any
+    _run: Any
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the shared model's loss takes `num_items_in_batch` (Trainer asks)."""
+        return "num_items_in_batch" in self._accepted or hasattr(self.shared, "loss_function")
+
+    def _write(self, named: dict, kwargs: dict, experts, expert_weights) -> Any:
+        """One forward of the shared model with the row's weights; `named` holds its inputs, None where not given."""
+        named = self._with_cache(named)
+        if isinstance(experts, str) and experts == ALL:
+            self._check_all(named)
+            named["use_cache"] = False if "use_cache" in self._accepted else None
+        elif experts is None and expert_weights is None:
+            self._check_routable(named)
+
+        def answer(inputs, weights):
+            output = self._run(self.shared, inputs, weights)
+            return self._output_class(**output, expert_weights=weights)
+
+        return self._answer(named, kwargs, experts, expert_weights, answer)
+
+    def _with_cache(self, named: dict) -> dict:
+        """The cache under the name by which the shared model takes it."""
+        given = [named[name] for name in CACHES if named.get(name) is not None]
+        if len(given) > 1:
+            raise ValueError("`cache` and `past_key_values` are one thing under two names; give one of them")
+        inputs = {name: value for name, value in named.items() if name not in CACHES}
+        if given:
+            inputs[next((name for name in CACHES if name in self._accepted), CACHES[0])] = given[0]
+        return inputs
+
+    def _check_all(self, named: dict) -> None:
+        for name in ("labels", "encoder_outputs", *CACHES):
+            if named.get(name) is not None:
+                raise ValueError(f"`{name}` cannot be given together with `experts='all'`: it has one entry for a row")
+
+    def _check_routable(self, named: dict) -> None:
+        """Refuse to route on what is no prompt."""
+        if self.mix.current_forced() is not None:
+            return
+        cache = next((named[name] for name in CACHES if named.get(name) is not None), None)
+        if cache is not None and _tokens_in(cache) > 0:
+            raise ValueError(
+                "a forward that goes on from a cache cannot route: the prompt is not among its inputs. Give the weights of "
+                "the forward that filled the cache (`expert_weights=output.expert_weights`), or `experts`"
+            )
+        if named.get("input_ids") is None and named.get("inputs_embeds") is None:
+            raise ValueError(
+                "routing needs the prompt (`input_ids` or `inputs_embeds`); give it, or `expert_weights` or `experts`"
+            )
+
+
+def _tokens_in(cache) -> int:
+    """How many tokens a cache holds; 0 for one that was made and not filled yet."""
+    count = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 1
+    return int(count)
+
+
+class MaskedLMMixin(LanguageModelMixin):
+    """What makes a Twin-Merging model fill masked tokens."""
+
+    _output_class: type = TwinMergingMaskedLMOutput
+    _per_token = ("logits",)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        expert_weights: torch.FloatTensor | None = None,
+        experts: str | list | dict | None = None,
+        **kwargs,
+    ) -> TwinMergingMaskedLMOutput:
+        """
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds:
+                As in the shared model.
+            labels: [batch, token], -100 where none counts; the loss is the shared model's.
+            expert_weights: [batch, expert] or [1, expert]; none given: the router decides.
+            experts: instead, an expert's name for all rows, one name for each row, `"__shared__"`, a dict of weights
+                by name, or `"all"` (each row by every expert, outputs [batch, expert, ...]).
+
+        Raises:
+            ValueError: unknown expert or argument, wrong shape of weights, or labels together with `experts="all"`.
+        """
+        named = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+                 "position_ids": position_ids, "inputs_embeds": inputs_embeds, "labels": labels}  # fmt: skip
+        return self._write(named, kwargs, experts, expert_weights)
+
+
+class GenerationLMMixin(LanguageModelMixin):
+    """What makes a Twin-Merging model generate: the weights of a row, chosen once, go with it through `generate`."""
+
+    # Of Transformers' GenerationMixin, which comes later in the order of classes.
+    generation_config: Any
+    main_input_name: str
+
+    def _align(self, inputs: dict) -> tuple[dict, None]:
+        # Padding stays where it is: what a cache and its masks hold has an order, and stock models expect it so.
+        return inputs, None
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *args,
+        expert_weights: torch.FloatTensor | None = None,
+        experts: str | list | dict | None = None,
+        **kwargs,
+    ):
+        """
+        Transformers' `generate`; every row is written by its own experts, which are chosen once, on the whole prompt.
+
+        Args:
+            inputs, args, kwargs: as in Transformers.
+            expert_weights: [batch, expert] or [1, expert]; none given: the router decides (or `use_experts`).
+            experts: instead, an expert's name for all rows, one name for each row, `"__shared__"`, or a dict of weights by
+                name.
+
+        Returns:
+            As in Transformers; with `return_dict_in_generate=True` the output also has `expert_weights` [batch, expert],
+            one row for each prompt, to be given to the next turn of a conversation.
+
+        Raises:
+            ValueError: unknown expert, wrong shape of weights, `experts="all"`, or no prompt to route on.
+        """
+        if isinstance(experts, str) and experts == ALL:
+            raise ValueError(
+                "`generate` writes one answer for a row; for every expert's answer repeat the prompts and name the experts "
+                '(`experts=["a", "b", ...]`)'
+            )
+        weights = self._weights_of_prompt(inputs, kwargs, experts, expert_weights)
+        output = super().generate(inputs, *args, expert_weights=weights, **kwargs)  # type: ignore[misc]
+        if isinstance(output, dict):
+            output["expert_weights"] = weights
+        return output
+
+    def _weights_of_prompt(self, inputs, kwargs: dict, experts, expert_weights) -> torch.Tensor:
+        prompt = {name: kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None}
+        if inputs is not None:
+            prompt[self.main_input_name] = inputs
+        if not prompt:
+            raise ValueError("`generate` needs a prompt (`input_ids` or `inputs_embeds`): it decides which expert writes")
+        mask = kwargs.get("attention_mask")
+        if mask is None and "inputs_embeds" not in prompt:
+            mask = self._mask_of(prompt["input_ids"], kwargs)
+        if mask is not None:
+            prompt["attention_mask"] = mask
+        return self._resolve_weights(prompt, experts, expert_weights)  # type: ignore[attr-defined]
+
+    def _mask_of(self, ids: torch.Tensor, kwargs: dict) -> torch.Tensor | None:
+        """The mask that `generate` takes for granted where none is given: all but padding, if padding can be told."""
+        settings = kwargs.get("generation_config") or self.generation_config
+        pad = kwargs.get("pad_token_id", settings.pad_token_id)
+        end = kwargs.get("eos_token_id", settings.eos_token_id)
+        ends = end if isinstance(end, (list, tuple)) else [end]
+        if self.config.is_encoder_decoder or pad is None or pad in ends:
+            return None
+        return (ids != pad).long()
+
+    def prepare_inputs_for_generation(self, *args, expert_weights=None, **kwargs) -> dict:
+        """As the shared model prepares them, plus the weights of the rows."""
+        if "position_ids" not in self._accepted:
+            kwargs.pop("position_ids", None)
+        return {**self.shared.prepare_inputs_for_generation(*args, **kwargs), "expert_weights": expert_weights}
+
+    def _supports_logits_to_keep(self) -> bool:
+        return "logits_to_keep" in self._accepted
+
+
+class CausalLMMixin(GenerationLMMixin):
+    """What makes a Twin-Merging model a decoder that goes on from its prompt."""
+
+    _output_class: type = TwinMergingCausalLMOutput
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        expert_weights: torch.FloatTensor | None = None,
+        experts: str | list | dict | None = None,
+        **kwargs,
+    ) -> TwinMergingCausalLMOutput:
+        """
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache, logits_to_keep:
+                As in the shared model; padding may stand on the left or the right, as there.
+            cache, past_key_values: a cache to go on from, under either name; one that holds tokens needs `expert_weights`
+                or `experts`.
+            labels: [batch, token], -100 where none counts; the loss is the shared model's. Routing then reads the labelled
+                tokens too; to train on completions, give the weights of the prompts (`expert_weights=model.route(...)`).
+            expert_weights: [batch, expert] or [1, expert]; none given: the router decides.
+            experts: instead, an expert's name for all rows, one name for each row, `"__shared__"`, a dict of weights
+                by name, or `"all"` (each row by every expert, outputs [batch, expert, ...]).
+
+        Raises:
+            ValueError: unknown expert or argument, wrong shape of weights, a filled cache without weights, or
+                `experts="all"` together with labels or a cache.
+        """
+        keep = None if isinstance(logits_to_keep, int) and logits_to_keep == 0 else logits_to_keep
+        named = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+                 "position_ids": position_ids, "inputs_embeds": inputs_embeds, "cache": cache,
+                 "past_key_values": past_key_values, "labels": labels, "use_cache": use_cache,
+                 "logits_to_keep": keep}  # fmt: skip
+        return self._write(named, kwargs, experts, expert_weights)
+
+
+class Seq2SeqLMMixin(GenerationLMMixin):
+    """What makes a Twin-Merging model an encoder and a decoder; it routes on what the encoder reads."""
+
+    _output_class: type = TwinMergingSeq2SeqLMOutput
+
+    def get_encoder(self, *args, **kwargs):
+        return self.shared.get_encoder(*args, **kwargs)
+
+    def get_decoder(self, *args, **kwargs):
+        return self.shared.get_decoder(*args, **kwargs)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        expert_weights: torch.FloatTensor | None = None,
+        experts: str | list | dict | None = None,
+        **kwargs,
+    ) -> TwinMergingSeq2SeqLMOutput:
+        """
+        Args:
+            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, inputs_embeds,
+                decoder_inputs_embeds, use_cache: as in the shared model.
+            cache, past_key_values: a cache to go on from, under either name; one that holds tokens needs `expert_weights`
+                or `experts`, as do `encoder_outputs` without `input_ids`.
+            labels: [batch, token], -100 where none counts; the loss is the shared model's.
+            expert_weights: [batch, expert] or [1, expert]; none given: the router decides, on the encoder's input.
+            experts: instead, an expert's name for all rows, one name for each row, `"__shared__"`, a dict of weights
+                by name, or `"all"` (each row by every expert, outputs [batch, expert, ...]).
+
+        Raises:
+            ValueError: unknown expert or argument, wrong shape of weights, nothing to route on, or `experts="all"`
+                together with labels, encoder outputs or a cache.
+        """
+        named = {"input_ids": input_ids, "attention_mask": attention_mask, "decoder_input_ids": decoder_input_ids,
+                 "decoder_attention_mask": decoder_attention_mask, "encoder_outputs": encoder_outputs, "cache": cache,
+                 "past_key_values": past_key_values, "inputs_embeds": inputs_embeds,
+                 "decoder_inputs_embeds": decoder_inputs_embeds, "labels": labels, "use_cache": use_cache}  # fmt: skip
+        return self._write(named, kwargs, experts, expert_weights)
+
+    def _prepare_text_encoder_decoder_kwargs_for_generation(self, inputs_tensor, model_kwargs, *args, **kwargs):
+        prepare = super()._prepare_text_encoder_decoder_kwargs_for_generation  # type: ignore[misc]
+        return self._encode(prepare, inputs_tensor, model_kwargs, *args, **kwargs)
+
+    def _prepare_encoder_decoder_kwargs_for_generation(self, inputs_tensor, model_kwargs, *args, **kwargs):
+        # What the method above was called before Transformers 5.23.
+        prepare = super()._prepare_encoder_decoder_kwargs_for_generation  # type: ignore[misc]
+        return self._encode(prepare, inputs_tensor, model_kwargs, *args, **kwargs)
+
+    def _encode(self, prepare, inputs_tensor, model_kwargs: dict, *args, **kwargs) -> dict:
+        """Let `generate` run the encoder with the rows' weights acting, and without them among its arguments."""
+        weights = model_kwargs["expert_weights"]
+        rest = {name: value for name, value in model_kwargs.items() if name != "expert_weights"}
+        with self.mix.applied(CallWeights(weights)):
+            prepared = prepare(inputs_tensor, rest, *args, **kwargs)
+        return {**prepared, "expert_weights": weights}
