@@ -42,6 +42,8 @@ def architecture_rule(owner: nn.Module, attribute: str) -> str | None:
     `unread` is a parameter that no forward reads: it is tied to another that is.
     """
     kind = type(owner).__name__
+    if not type(owner).__module__.startswith("transformers."):  # a namesake may compute something else
+        return None
     if attribute in CHILD_RULES.get(kind, {}):
         return CHILD_RULES[kind][attribute]
     if isinstance(owner, nn.Embedding) and attribute == "weight" and owner.max_norm is None:

@@ -151,11 +151,13 @@ class GenerationLMMixin(LanguageModelMixin):
     # Of Transformers' GenerationMixin, which comes later in the order of classes.
     generation_config: Any
     main_input_name: str
+    generating: Any
 
     def _align(self, inputs: dict) -> tuple[dict, None]:
         # Padding stays where it is: what a cache and its masks hold has an order, and stock models expect it so.
         return inputs, None
 
+    @torch.no_grad()
     def generate(
         self,
         inputs: torch.Tensor | None = None,
@@ -186,7 +188,9 @@ class GenerationLMMixin(LanguageModelMixin):
                 '(`experts=["a", "b", ...]`)'
             )
         weights = self._weights_of_prompt(inputs, kwargs, experts, expert_weights)
-        output = super().generate(inputs, *args, expert_weights=weights, **kwargs)  # type: ignore[misc]
+        settings = kwargs.get("generation_config") or self.generation_config
+        with self.generating(kwargs.get("max_new_tokens", settings.max_new_tokens)):
+            output = super().generate(inputs, *args, expert_weights=weights, **kwargs)  # type: ignore[misc]
         if isinstance(output, dict):
             output["expert_weights"] = weights
         return output
@@ -196,7 +200,9 @@ class GenerationLMMixin(LanguageModelMixin):
         if inputs is not None:
             prompt[self.main_input_name] = inputs
         if not prompt:
-            raise ValueError("`generate` needs a prompt (`input_ids` or `inputs_embeds`): it decides which expert writes")
+            raise ValueError(
+                "`generate` needs a prompt (`input_ids` or `inputs_embeds`): it decides which expert writes"
+            )
         mask = kwargs.get("attention_mask")
         if mask is None and "inputs_embeds" not in prompt:
             mask = self._mask_of(prompt["input_ids"], kwargs)
@@ -290,7 +296,6 @@ class Seq2SeqLMMixin(GenerationLMMixin):
         cache: Any = None,
         past_key_values: Any = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        decoder_inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         expert_weights: torch.FloatTensor | None = None,
@@ -299,8 +304,8 @@ class Seq2SeqLMMixin(GenerationLMMixin):
     ) -> TwinMergingSeq2SeqLMOutput:
         """
         Args:
-            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, inputs_embeds,
-                decoder_inputs_embeds, use_cache: as in the shared model.
+            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, inputs_embeds, use_cache:
+                As in the shared model, as is `decoder_inputs_embeds`.
             cache, past_key_values: a cache to go on from, under either name; one that holds tokens needs `expert_weights`
                 or `experts`, as do `encoder_outputs` without `input_ids`.
             labels: [batch, token], -100 where none counts; the loss is the shared model's.
@@ -314,8 +319,8 @@ class Seq2SeqLMMixin(GenerationLMMixin):
         """
         named = {"input_ids": input_ids, "attention_mask": attention_mask, "decoder_input_ids": decoder_input_ids,
                  "decoder_attention_mask": decoder_attention_mask, "encoder_outputs": encoder_outputs, "cache": cache,
-                 "past_key_values": past_key_values, "inputs_embeds": inputs_embeds,
-                 "decoder_inputs_embeds": decoder_inputs_embeds, "labels": labels, "use_cache": use_cache}  # fmt: skip
+                 "past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "labels": labels,
+                 "use_cache": use_cache}  # fmt: skip
         return self._write(named, kwargs, experts, expert_weights)
 
     def _prepare_text_encoder_decoder_kwargs_for_generation(self, inputs_tensor, model_kwargs, *args, **kwargs):

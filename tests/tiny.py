@@ -88,17 +88,42 @@ _ARCHITECTURES |= {
     if "Sequence" in name
 }
 """Every family of text classifiers also as taggers: `bert-tokens`, ..."""
+_GROUPED = {**_TEXT, "num_key_value_heads": 2, **_DECODER}
+_ENCODER_DECODER = {"vocab_size": VOCABULARY, "d_model": HIDDEN, **_DECODER}
+_ARCHITECTURES |= {
+    "llama-lm": ("LlamaConfig", "LlamaForCausalLM", _GROUPED),
+    "mistral-lm": ("MistralConfig", "MistralForCausalLM", _GROUPED),
+    "qwen2-lm": ("Qwen2Config", "Qwen2ForCausalLM", _GROUPED),
+    "qwen3-lm": ("Qwen3Config", "Qwen3ForCausalLM", {**_GROUPED, "head_dim": 8}),
+    "gpt2-lm": ("GPT2Config", "GPT2LMHeadModel", _ARCHITECTURES["gpt2"][2]),
+    "gpt_neox-lm": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {**_TEXT, **_DECODER}),
+    "t5-lm": (
+        "T5Config",
+        "T5ForConditionalGeneration",
+        {**_ENCODER_DECODER, "d_kv": 8, "num_layers": 2, "num_heads": 4, "d_ff": 64, "decoder_start_token_id": 0},
+    ),
+    "bart-lm": (
+        "BartConfig",
+        "BartForConditionalGeneration",
+        {**_ENCODER_DECODER, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+         "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 66,
+         "scale_embedding": True, "decoder_start_token_id": 2, "forced_eos_token_id": None},
+    ),
+    "bert-lm": ("BertConfig", "BertForMaskedLM", {**_TEXT, "pad_token_id": 0}),
+    "roberta-lm": ("RobertaConfig", "RobertaForMaskedLM", _ARCHITECTURES["roberta"][2]),
+}  # fmt: skip
+"""Language models; their experts have no labels."""
 IMAGE_KINDS = ("vit", "deit", "convnext")
 
 
 def new_config(kind: str, labels: Sequence[str] = ("x", "y"), **fields: Any) -> transformers.PreTrainedConfig:
     """Config of a tiny task model; `fields` override the defaults. One label: a regression."""
     name, _, defaults = _ARCHITECTURES[kind]
-    config = getattr(transformers, name)(
-        **{**defaults, **fields},
-        id2label=dict(enumerate(labels)),
-        label2id={label: i for i, label in enumerate(labels)},
-    )
+    meanings: dict[str, Any] = {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
+    config = getattr(transformers, name)(**{**defaults, **fields}, **({} if kind.endswith("-lm") else meanings))
     if len(labels) == 1:
         config.problem_type = "regression"
     return config
@@ -168,6 +193,8 @@ def write_data(kind: str, folder: Path, name: str, labels: Sequence[str], task: 
     """`{name}.jsonl` with `rows` rows of one task; images beside it in `images/`. One label: numbers."""
     rng = random.Random(f"{name}:{task}")
     lines = []
+    if kind.endswith("-lm"):
+        lines, rows = [_language_row(kind, task, rng) for _ in range(rows)], 0
     for i in range(rows):
         label: Any = round(rng.uniform(-1, 1), 3) if len(labels) == 1 else rng.choice(list(labels))
         if kind in IMAGE_KINDS:
@@ -183,6 +210,12 @@ def write_data(kind: str, folder: Path, name: str, labels: Sequence[str], task: 
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
+
+
+def _language_row(kind: str, task: int, rng: random.Random) -> dict:
+    words = WORDS[task % 4 * 22 : (task % 4 + 1) * 22]
+    text = " ".join(rng.choice(words) for _ in range(rng.randint(4, 9)))
+    return {"text": text} if kind.startswith(("bert", "roberta")) else {"prompt": text, "completion": rng.choice(words)}
 
 
 def make_experts(

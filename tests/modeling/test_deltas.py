@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from transformers import Dinov2Config
-from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.vit.modeling_vit import ViTEmbeddings
@@ -299,6 +298,11 @@ class ScaledLinear(nn.Linear):
         return 2 * super().forward(x)
 
 
+class ShiftedEmbedding(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids + 1)
+
+
 class Bare(nn.Module):
     def __init__(self, *shape: int):
         super().__init__()
@@ -307,7 +311,7 @@ class Bare(nn.Module):
 
 NO_RULE: dict[str, tuple[Any, str]] = {
     "a subclass of Linear": (lambda: ScaledLinear(6, 5), "weight"),
-    "a subclass of Embedding": (lambda: BartLearnedPositionalEmbedding(9, 6), "weight"),
+    "a subclass of Embedding": (lambda: ShiftedEmbedding(9, 6), "weight"),
     "an embedding that rescales": (lambda: nn.Embedding(9, 6, max_norm=1.0), "weight"),
     "a grouped convolution": (lambda: nn.Conv2d(4, 4, 3, groups=2), "weight"),
     "a convolution that reflects": (lambda: nn.Conv2d(3, 5, 3, padding=1, padding_mode="reflect"), "weight"),
