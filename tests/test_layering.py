@@ -49,6 +49,7 @@ ALLOWED: dict[str, set[str]] = {
         "artifact", "data", "errors", "evaluation", "inference", "merging", "metrics", "modeling", "preflight", "processing",
         "progress", "recipe", "row_hashes", "scoring", "timing", "verdict",
     },
+    "alignment": {"errors", "modeling", "recipe"},
     "preflight": {"checkpoints", "data", "errors", "modeling", "processing", "recipe"},
     "probe": {"artifact", "errors", "modeling"},
     "exclusive": {"artifact", "compression", "errors", "modeling", "quantisation", "sparsification"},
