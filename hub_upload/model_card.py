@@ -24,7 +24,31 @@ _EXAMPLES = {
     "masked": '["a text with a [MASK]"]',
 }
 _OPTIONS = {"tokens": ', aggregation_strategy="simple"'}
-_KINDS = {"regression": "regression", "token_classification": "tags"}
+_KINDS = {"regression": "regression", "token_classification": "tags", "language_modeling": "language model"}
+_PIPELINE = """\
+from transformers import pipeline
+
+pipe = pipeline("{task}", model="{location}"{options})
+pipe({example})"""
+# Transformers has no pipeline for encoder-decoders any more.
+_GENERATE = """\
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{location}")
+model = AutoModelForSeq2SeqLM.from_pretrained("{location}")
+inputs = tokenizer({example}, padding=True, return_tensors="pt")
+tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)"""
+_BY_HAND = """\
+`expert_weights` says who answered. To choose by hand: `model(**inputs, experts="{expert}")`, or
+`with {model}.use_experts("{expert}"): ...`."""
+_LABELS_MEAN = "`logits` are log-probabilities over all experts' labels. "
+_TOKENS_MEAN = "`logits` are those over the vocabulary of the mixture that a row gets. "
+_GENERATES = """
+`generate(..., experts="{expert}")` takes the same choice; without one, a row is routed once, on its prompt."""
+_COMPETING = """\
+Labels of different experts
+compete in one distribution; give `experts=` where the task is known."""
+_KEPT = "What was chosen for a prompt stays\nwhile tokens are written; give `experts=` where the task is known."
 
 
 def render_card(config: TwinMergingConfig, report: dict, recipe_text: str, kind: str) -> str:
@@ -33,19 +57,23 @@ def render_card(config: TwinMergingConfig, report: dict, recipe_text: str, kind:
 
     Args:
         report: content of report.json.
-        kind: `text`, `image` or `tokens`.
+        kind: `text`, `image`, `tokens`, `prompt` or `masked`.
     """
     names = [expert["name"] for expert in config.experts]
+    language = kind in ("prompt", "masked")
+    together = _is_encoder_decoder(config, kind)
+    by_hand = _BY_HAND.format(expert=names[0], model="model" if together else "pipe.model")
+    generates = _GENERATES.format(expert=names[0]) if kind == "prompt" else ""
     versions = config.provenance.get("versions", {})
     return _TEMPLATE.read_text(encoding="utf-8").format(
         metadata=yaml.safe_dump(_metadata(config, kind), sort_keys=False, allow_unicode=True).strip(),
         title=f"Twin-Merging of {', '.join(names)}",
         count=len(names),
-        task=_TASKS[kind],
-        location="PATH_OR_REPO_ID",
-        example=_EXAMPLES[kind],
-        options=_OPTIONS.get(kind, ""),
-        first_expert=names[0],
+        usage=(_GENERATE if together else _PIPELINE).format(
+            task=_TASKS[kind], location="PATH_OR_REPO_ID", example=_EXAMPLES[kind], options=_OPTIONS.get(kind, "")
+        ),
+        outputs=(_TOKENS_MEAN if language else _LABELS_MEAN) + by_hand + generates,
+        limits=_KEPT if language else _COMPETING,
         experts=_experts(config, report),
         routing=_routing(config, report),
         verdict=_verdict(report),
@@ -54,6 +82,10 @@ def render_card(config: TwinMergingConfig, report: dict, recipe_text: str, kind:
         recipe=recipe_text.strip() or "# built from Python, without a recipe file",
         versions=", ".join(f"{name} {version}" for name, version in versions.items()),
     )
+
+
+def _is_encoder_decoder(config: TwinMergingConfig, kind: str) -> bool:
+    return kind == "prompt" and bool(config.is_encoder_decoder)
 
 
 def _fence(text: str) -> str:
@@ -70,7 +102,9 @@ def _metadata(config: TwinMergingConfig, kind: str) -> dict:
     sources = config.provenance.get("sources", {})
     # Local folders would be dead links on the Hub.
     models = [source["model"] for source in sources.values() if source["from_hub"]]
-    metadata: dict = {"library_name": "transformers", "pipeline_tag": _TASKS[kind]}
+    metadata: dict = {"library_name": "transformers"}
+    if not _is_encoder_decoder(config, kind):
+        metadata["pipeline_tag"] = _TASKS[kind]
     if models:
         metadata |= {"base_model": list(dict.fromkeys(m.split("@")[0] for m in models)), "base_model_relation": "merge"}
     return metadata | {"tags": ["merge", "model-merging", "twin-merging", "twin-merging-hf", "custom_code"]}
@@ -122,7 +156,8 @@ def _verdict(report: dict) -> str:
         return f"{stale.capitalize()}." if stale else "Not measured: the recipe gave no data."
     lines = [
         "Agreement with each expert's own answers on held-out rows (share of equal labels, of equal tags where "
-        "tokens are tagged; Pearson correlation for a regression): left to itself, and with the expert given.",
+        "tokens are tagged; Pearson correlation for a regression; of a language model the share of the completions' tokens "
+        "at which both would write the same next): left to itself, and with the expert given.",
         "",
         "| expert | rows | routed | given |",
         "|---|---|---|---|",

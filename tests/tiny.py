@@ -145,6 +145,9 @@ def perturbed(base: Any, kind: str, labels: Sequence[str], seed: int, std: float
     for name, value in expert.state_dict().items():
         inherits = name in start and start[name].shape == value.shape and value.is_floating_point()
         origin = start[name] if inherits else value
+        if name == "final_logits_bias":  # BART's, a buffer that nobody trains
+            state[name] = origin
+            continue
         state[name] = origin + std * torch.randn(value.shape, generator=noise) if origin.is_floating_point() else origin
     expert.load_state_dict(state)
     return expert

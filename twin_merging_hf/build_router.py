@@ -13,6 +13,7 @@ from twin_merging_hf.modeling.routing_twin_merging import ProjectionRouter, new_
 
 from .checkpoints import Checkpoint
 from .closed_form import fit_novelty
+from .data import READ_AS_TEXT
 from .errors import TwinMergingError
 from .inference import run_over, token_ids
 from .preflight import Inputs
@@ -213,7 +214,7 @@ def router_data(
             chosen = getattr(rows, part)
             parts[part].append(run_over(model, chosen, inputs.processing, step, bar.update))
             experts[part] += [index] * len(chosen)
-            if inputs.processing.kind == "text":
+            if inputs.processing.kind in READ_AS_TEXT:
                 tokens[part] += token_ids(chosen, inputs.processing)
     bar.close()
     empty = torch.zeros(0, model.config.router_input_size)

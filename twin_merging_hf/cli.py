@@ -201,7 +201,9 @@ def check(
             typer.echo(f"problem: {problem}", err=True)
         if problems:
             raise typer.Exit(1)
-        typer.echo(f"{artifact} is whole\nnext: {_USE.format(artifact=artifact, task=inspect_artifact(artifact).task)}")
+        task = inspect_artifact(artifact).task
+        use = _USE if task is not None else _USE_WITHOUT_PIPELINE
+        typer.echo(f"{artifact} is whole\nnext: {use.format(artifact=artifact, task=task)}")
 
 
 _USE = (
@@ -209,6 +211,12 @@ _USE = (
     "  import twin_merging_hf\n"
     "  from transformers import pipeline\n"
     '  pipe = pipeline("{task}", model="{artifact}")'
+)
+_USE_WITHOUT_PIPELINE = (
+    "in Python:\n"
+    "  import twin_merging_hf\n"
+    "  from transformers import AutoModelForSeq2SeqLM\n"
+    '  model = AutoModelForSeq2SeqLM.from_pretrained("{artifact}")  # and model.generate'
 )
 
 
@@ -227,7 +235,8 @@ def inspect(
             return
         typer.echo(f"{found.folder}: {found.shared_class}, {len(found.experts)} experts, {len(found.labels)} labels")
         for expert in found.experts:
-            kind = "regression" if expert["problem_type"] == "regression" else ", ".join(expert["labels"][:8])
+            kinds = {"regression": "regression", "language_modeling": "language model"}
+            kind = kinds.get(expert["problem_type"], ", ".join(expert["labels"][:8]))
             entries = f"{found.delta['sizes'][expert['name']]} entries"
             extent = entries if found.delta["kind"] == "sparse" else f"rank {found.rank[expert['name']]}"
             typer.echo(

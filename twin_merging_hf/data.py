@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import TwinMergingError, require_extra
+from .prompt_rows import masked_row, prompt_key, prompt_row
 
 
 # Beyond this, float32 is infinite.
@@ -15,15 +16,21 @@ EXAMPLES = {
     "text": '{"text": ..., "label": ...}',
     "image": '{"image": ..., "label": ...}',
     "tokens": '{"tokens": [...], "tags": [...]}',
+    "prompt": '{"prompt": ..., "completion": ...}, or {"messages": [{"role": ..., "content": ...}, ...]}',
+    "masked": '{"text": ...}',
 }
 """What a row of each kind looks like."""
+READ_AS_TEXT = ("text", "prompt", "masked")
+"""Kinds of rows that are one text for the model, of which a router may read the tokens."""
+_LANGUAGE_ROWS = {"prompt": prompt_row, "masked": masked_row}
 
 
 @dataclass(frozen=True)
 class ExpertRows:
     """
     Rows of one expert's task; each has `text` (and `text_pair`) or `image`, and `label`: the expert's own label id
-    (int) or a number (float, regression). A row of a token classifier has `tokens` and as many `tags`, own label ids.
+    (int) or a number (float, regression). A row of a token classifier has `tokens` and as many `tags`, own label ids; one
+    of a language model a `prompt` and its `completion` (see `prompt_rows`), or a `text` alone where masks are filled.
 
     train: rows for the router. held_out: rows that no training saw, for temperature, agreement and verdict.
     """
@@ -37,7 +44,7 @@ def read_rows(path: Path, kind: str, labels: list[str], regression: bool) -> lis
     Read and check a JSONL file.
 
     Args:
-        kind: `text`, `image` or `tokens`.
+        kind: `text`, `image`, `tokens`, `prompt` or `masked`.
         labels: the expert's label names, in id order.
 
     Raises:
@@ -65,6 +72,8 @@ def _row(line: str, where: str, kind: str, labels: list[str], regression: bool, 
         raise TwinMergingError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(row, dict):
         raise TwinMergingError(f"{where}: expected an object such as {EXAMPLES[kind]}, got {row!r}")
+    if kind in _LANGUAGE_ROWS:
+        return _LANGUAGE_ROWS[kind](row, where)
     _check_kind(row, where, kind)
     if kind == "tokens":
         return _token_row(row, where, labels)
@@ -164,6 +173,8 @@ def row_key(row: dict) -> str:
     """What makes a row the same input as another: its text, image or tokens, not its label."""
     if "tokens" in row:
         return json.dumps(["tokens", *row["tokens"]])
+    if "prompt" in row:
+        return json.dumps(["prompt", *prompt_key(row)])
     return json.dumps([str(row.get(key)) for key in ("text", "text_pair", "image")])
 
 

@@ -12,13 +12,14 @@ import transformers
 
 from twin_merging_hf.modeling import TwinMergingConfig
 from twin_merging_hf.modeling.modeling_twin_merging import SHARED
-from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
+from twin_merging_hf.modeling.shared_twin_merging import LANGUAGE_MODELS, find_shared_class
 
 from .artifact import LAYOUT, pipeline_task, read_config, storage
 from .data import read_rows
 from .errors import TwinMergingError
 from .evaluation import ArtifactOutputs, artifact_outputs, checkpoint_model, model_outputs, static_merge
 from .inference import BATCH
+from .language_evaluation import longest_completion, references, text_difference, written_texts
 from .merging import MERGE_METHODS
 from .metrics import Metric, ScoreTable, bootstrap_difference, metric_for
 from .preflight import Inputs, preflight
@@ -33,7 +34,13 @@ from .verdict import mean_label
 
 ON_THESE_ROWS = "the experts themselves, on these rows"
 AT_BUILD = "recorded at build, on held-out rows of that time (not on these rows)"
-_SERVES = ("AutoModelForSequenceClassification", "AutoModelForImageClassification")
+_KINDS = {
+    "AutoModelForSequenceClassification": "text",
+    "AutoModelForImageClassification": "image",
+    "AutoModelForCausalLM": "prompt",
+    "AutoModelForSeq2SeqLM": "prompt",
+}
+_TIMED_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,24 @@ class Task:
     regression: bool
     metric: Metric
     train_mean: float | None = None
+    writes: bool = False
+    """Rows are prompts, and the answers texts."""
+
+    @property
+    def truth(self) -> Any:
+        """What the answers are compared with: label ids, numbers or texts."""
+        return references(self.rows) if self.writes else labels_of(self.rows)
+
+
+@dataclass(frozen=True)
+class WrittenAnswers:
+    """An artifact's texts to rows of prompts, and the weights that acted [row, expert]."""
+
+    texts: list[str]
+    expert_weights: torch.Tensor
+
+
+Answers = ArtifactOutputs | WrittenAnswers
 
 
 def evaluate_artifact(
@@ -69,7 +94,7 @@ def evaluate_artifact(
         recipe: evaluate its experts on the same rows, as what the artifact's scores are relative to; without it, the
             experts' scores recorded at build are used, and the result says so.
         merges: static merges of the recipe's experts to show beside it, each with the true task's own head.
-        metrics: metric by expert's name; default: accuracy, or Pearson correlation for a regression.
+        metrics: metric by expert's name; default: accuracy, Pearson correlation for a regression, exact match for texts.
         device: where models run, as torch names it.
         seed, resamples: of the bootstrap intervals.
 
@@ -82,8 +107,10 @@ def evaluate_artifact(
     """
     folder, progress = Path(artifact), progress or Progress(quiet=True)
     config, report = read_config(folder), _read_report(folder)
-    if find_shared_class(config.shared_class)[1] not in _SERVES:
-        raise TwinMergingError(f"{folder}: evaluate scores classification and regression, not {config.shared_class}")
+    if find_shared_class(config.shared_class)[1] not in _KINDS:
+        raise TwinMergingError(
+            f"{folder}: evaluate scores classification of whole rows, regression and generation, not {config.shared_class}"
+        )
     with _opened(recipe, progress) as inputs, no_loading_bars():
         _check_request(config, inputs, merges, data)
         files = dict(data) or _test_files(inputs)
@@ -92,8 +119,8 @@ def evaluate_artifact(
         notes += [f"{name}: no rows given, so not evaluated" for name in config.expert_names if name not in files]
         model, processing = _load(folder, config, device)
         bar = progress.counter("evaluating the artifact", 2 * sum(len(task.rows) for task in tasks))
-        routed = {t.expert: artifact_outputs(model, t.rows, processing, tick=bar.update) for t in tasks}
-        given = {t.expert: artifact_outputs(model, t.rows, processing, t.name, tick=bar.update) for t in tasks}
+        routed = {t.expert: _answers(model, t, processing, None, bar.update) for t in tasks}
+        given = {t.expert: _answers(model, t, processing, t.name, bar.update) for t in tasks}
         bar.close()
         times = _times(model, tasks, processing)
         compared = _compare(model, tasks, routed, given, seed, resamples)
@@ -215,21 +242,27 @@ def _tasks(
     stray = [name for name in metrics if name not in files]
     if stray:
         raise TwinMergingError(f"a metric is given for {stray[0]!r}, but no rows of it (rows: {', '.join(files)})")
-    kind = "image" if pipeline_task(config) == "image-classification" else "text"
+    kind, writes = _kind(config), find_shared_class(config.shared_class)[1] in LANGUAGE_MODELS
     tasks = []
     for index, entry in enumerate(config.experts):
         name, labels, regression = entry["name"], entry["labels"], entry["problem_type"] == "regression"
         if name not in files:
             continue
         path = Path(files[name])
-        metric = metric_for(name, "regression" if regression else "classes", len(labels), metrics.get(name))
+        scored = "text" if writes else "regression" if regression else "classes"
+        metric = metric_for(name, scored, len(labels), metrics.get(name))
         try:
             rows = read_rows(path, kind, labels, regression)
         except TwinMergingError as error:
             raise TwinMergingError(f"expert {name!r}: {error}") from error
         mean = _train_mean(name, report, inputs) if regression else None
-        tasks.append(Task(name, index, path, rows, regression, metric, mean))
+        tasks.append(Task(name, index, path, rows, regression, metric, mean, writes))
     return tasks
+
+
+def _kind(config: TwinMergingConfig) -> str:
+    """Kind of an artifact's rows, as `read_rows` takes it."""
+    return _KINDS[find_shared_class(config.shared_class)[1]]
 
 
 def _train_mean(name: str, report: dict, inputs: Inputs | None) -> float | None:
@@ -261,10 +294,10 @@ def _refuse_seen_rows(
 
 
 def _load(folder: Path, config: TwinMergingConfig, device: str) -> tuple[Any, Processing]:
-    kind = "image" if pipeline_task(config) == "image-classification" else "text"
+    kind = _kind(config)
     processing = load_processing(folder, kind, "the artifact")
     if processing is None:
-        what = "tokenizer" if kind == "text" else "image processor"
+        what = "image processor" if kind == "image" else "tokenizer"
         raise TwinMergingError(f"{folder} has no {what} to read rows with; put one there and evaluate again")
     auto = getattr(transformers, find_shared_class(config.shared_class)[1])
     try:
@@ -319,10 +352,15 @@ def _stock_scores(
     bar = progress.counter(f"evaluating {what}", sum(len(task.rows) for task in tasks))
     for task in tasks:
         model = _placed(model_of(inputs.recipe.names.index(task.name)), device)
+        if task.writes:
+            tokens = longest_completion(task.rows, inputs.processing)
+            texts, _ = written_texts(model, task.rows, inputs.processing, tokens, tick=bar.update)
+            scores[task.name] = task.metric(texts, task.truth)
+            continue
         outputs = model_outputs(model, task.rows, inputs.processing, bar.update)
         if not torch.isfinite(outputs).all():
             raise TwinMergingError(f"{task.name}: the outputs of {what} hold NaN or infinity")
-        scores[task.name] = task.metric(expert_predictions(outputs, task.regression), labels_of(task.rows))
+        scores[task.name] = task.metric(expert_predictions(outputs, task.regression), task.truth)
     bar.close()
     return scores
 
@@ -340,32 +378,53 @@ class _Compared:
     calibration: dict | None
 
 
+def _answers(model: Any, task: Task, processing: Processing, expert: str | None, tick: Callable[[int], Any]) -> Answers:
+    """What an artifact says to a task's rows, routed by itself or with the expert given."""
+    if not task.writes:
+        return artifact_outputs(model, task.rows, processing, expert, tick)
+    tokens = longest_completion(task.rows, processing)
+    texts, weights = written_texts(
+        model, task.rows, processing, tokens, routed=expert is None, experts=expert, tick=tick
+    )
+    assert weights is not None
+    return WrittenAnswers(texts, weights)
+
+
+def _scored(model: Any, task: Task, answers: Answers) -> Any:
+    """Answers as the task's metric takes them: label ids, numbers or texts."""
+    if isinstance(answers, WrittenAnswers):
+        return answers.texts
+    return artifact_predictions(model, task.expert, answers, task.train_mean)
+
+
 def _compare(
     model: Any,
     tasks: list[Task],
-    routed: dict[int, ArtifactOutputs],
-    given: dict[int, ArtifactOutputs],
+    routed: dict[int, Answers],
+    given: dict[int, Answers],
     seed: int,
     resamples: int,
 ) -> _Compared:
     scores: dict[str, dict[str, float]] = {"routed": {}, "given": {}}
     differences, by_task = {}, {}
     for task in tasks:
-        t, labels = task.expert, labels_of(task.rows)
-        by_itself = artifact_predictions(model, t, routed[t], task.train_mean)
-        by_hand = artifact_predictions(model, t, given[t], task.train_mean)
-        scores["routed"][task.name] = task.metric(by_itself, labels)
-        scores["given"][task.name] = task.metric(by_hand, labels)
-        found = bootstrap_difference(
-            by_itself, by_hand, labels, task.metric, resamples=resamples, seed=f"{seed}:{task.name}"
-        )
+        t, truth, draw = task.expert, task.truth, f"{seed}:{task.name}"
+        by_itself, by_hand = _scored(model, task, routed[t]), _scored(model, task, given[t])
+        scores["routed"][task.name] = task.metric(by_itself, truth)
+        scores["given"][task.name] = task.metric(by_hand, truth)
+        if task.writes:
+            found = text_difference(by_itself, by_hand, task.rows, task.metric, draw, resamples)
+            differences[task.name] = asdict(found)
+            continue
+        found = bootstrap_difference(by_itself, by_hand, truth, task.metric, resamples=resamples, seed=draw)
         differences[task.name] = asdict(found)
         alone = calibration(model, {t: routed[t]}, {t: task.rows})
         if alone is not None:
             by_task[task.name] = asdict(alone)
     router = asdict(router_score(model.expert_names, {t.name: routed[t.expert].expert_weights for t in tasks}))
     router["confusion_columns"] = [*model.expert_names, "none"]
-    together = calibration(model, routed, {task.expert: task.rows for task in tasks})
+    labelled = {task.expert: task.rows for task in tasks if not task.writes}
+    together = calibration(model, routed, labelled) if labelled else None
     figures = None if together is None else {**asdict(together), "bins": 15, "tasks": by_task}
     return _Compared(scores, differences, router, figures)
 
@@ -375,9 +434,15 @@ def _times(model: Any, tasks: list[Task], processing: Processing) -> dict:
     ranked = sorted(((i, t.expert, row) for t in tasks for i, row in enumerate(t.rows[:BATCH])), key=lambda x: x[:2])
     rows = [row for _, _, row in ranked[:BATCH]]
     device = next(model.parameters()).device
-    inputs = {name: value.to(device) for name, value in processing.inputs(rows).items()}
-    with torch.no_grad():
-        times = time_ratio(lambda: model(**inputs), lambda: model(**inputs, experts=SHARED))
+    if tasks[0].writes:
+        times = time_ratio(
+            lambda: written_texts(model, rows, processing, _TIMED_TOKENS, routed=True),
+            lambda: written_texts(model, rows, processing, _TIMED_TOKENS, experts=SHARED),
+        )
+    else:
+        inputs = {name: value.to(device) for name, value in processing.inputs(rows).items()}
+        with torch.no_grad():
+            times = time_ratio(lambda: model(**inputs), lambda: model(**inputs, experts=SHARED))
     return {
         "batch": len(rows),
         "device": device.type,

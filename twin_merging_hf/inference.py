@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .processing import Processing
+from .prompt_rows import prompt_key
 
 
 BATCH = 32
@@ -29,6 +30,8 @@ def batches(rows: list[dict], processing: Processing, size: int = BATCH) -> Iter
 
 
 def _length(row: dict) -> int:
+    if "prompt" in row:
+        return sum(map(len, prompt_key(row)))
     return len(row.get("text", "")) + len(row.get("text_pair", "")) + sum(map(len, row.get("tokens", [])))
 
 

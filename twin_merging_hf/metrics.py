@@ -119,15 +119,16 @@ METRICS: dict[str, Metric] = {
         Metric("pearson_spearman", ("regression",), pearson_spearman, "scipy.stats"),
     )
 }
-DEFAULT_METRIC = {"classes": "accuracy", "regression": "pearson"}
+DEFAULT_METRIC = {"classes": "accuracy", "regression": "pearson", "text": "exact_match"}
 
 
 def metric_for(task: str, kind: str, labels: int, name: str | None = None) -> Metric:
     """
-    The metric of a task: `name`, or by default accuracy for classes and Pearson correlation for a regression.
+    The metric of a task: `name`, or by default accuracy for classes, Pearson correlation for a regression and exact match
+    for texts.
 
     Args:
-        kind: `classes` or `regression`. labels: how many labels the task has.
+        kind: `classes`, `regression` or `text`. labels: how many labels the task has.
 
     Raises:
         TwinMergingError: no such metric, it does not fit the task, or its package is not installed.

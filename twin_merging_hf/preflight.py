@@ -14,7 +14,7 @@ from twin_merging_hf.modeling.heads_twin_merging import LabelSpace
 from twin_merging_hf.modeling.tags_twin_merging import TOKEN_CLASSES
 
 from .checkpoints import Checkpoint, open_checkpoint
-from .data import ExpertRows, read_rows, split_rows
+from .data import READ_AS_TEXT, ExpertRows, read_rows, split_rows
 from .errors import TwinMergingError
 from .processing import Processing, differing_parts, load_processing, position_limit
 from .recipe import BASE, ExpertSpec, Recipe
@@ -181,7 +181,7 @@ def _check_absent(checkpoint: Checkpoint, recipe: Recipe, problems: list[str], n
 
 def _check_router_layer(recipe: Recipe, first: Checkpoint) -> None:
     layers = recipe.router.layers or ()
-    if recipe.router.type == "lexical" and input_kind(first) != "text":
+    if recipe.router.type == "lexical" and input_kind(first) not in READ_AS_TEXT:
         raise TwinMergingError(
             f"`router: lexical` looks at the tokens of texts, but these experts read {input_kind(first)}; use `centroid`"
         )

@@ -11,6 +11,7 @@ from transformers.image_utils import load_image
 from transformers.utils import logging as transformers_logging
 
 from .errors import TwinMergingError, require_extra
+from .prompts import prompt_inputs
 
 
 _TOKENIZER_FILES = (
@@ -37,7 +38,7 @@ class Processing:
     """What turns rows into model inputs: a tokenizer or an image processor, as loaded by its Auto class."""
 
     kind: str
-    """`text`, `image` or `tokens` (texts in words, each with a tag)."""
+    """`text`, `image`, `tokens` (texts in words, each with a tag), `prompt` (without its completion) or `masked`."""
     processor: Any
     max_tokens: int = _MAX_TOKENS
     """Longer texts are cut: what the model has positions for, or what the tokenizer says."""
@@ -51,6 +52,8 @@ class Processing:
             "truncation side": self.processor.truncation_side,
             "special tokens": {key: str(value) for key, value in self.processor.special_tokens_map.items()},
         }
+        if self.kind == "prompt":
+            parts["chat template"] = getattr(self.processor, "chat_template", None)
         backend = getattr(self.processor, "backend_tokenizer", None)
         if backend is not None:
             content = json.loads(backend.to_str())
@@ -63,7 +66,7 @@ class Processing:
         Turn data rows into one padded batch of model inputs.
 
         Args:
-            rows: each with `text` (and `text_pair`), with `image` (a path or a PIL image), or with `tokens`.
+            rows: each with `text` (and `text_pair`), with `image` (a path or a PIL image), with `tokens`, or with `prompt`.
 
         Raises:
             TwinMergingError: rows of tokens, and a tokenizer that cannot tell which word a piece comes from.
@@ -98,6 +101,8 @@ class Processing:
             batch = self.processor(images=images, return_tensors="pt")
         else:
             limit = min(max_tokens or self.max_tokens, self.processor.model_max_length)
+            if self.kind == "prompt":
+                return prompt_inputs(rows, self.processor, limit), None
             batch = self._tokenize_words(rows, limit) if self.kind == "tokens" else self._tokenize(rows, limit)
         return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}, batch
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .data import read_rows
 from .errors import TwinMergingError
+from .prompt_rows import prompt_key
 from .recipe import Recipe
 
 
@@ -25,13 +26,19 @@ def row_hash(row: dict) -> str:
     First 16 hex digits of the SHA-256 of what makes a row the same input wherever its file lies.
 
     Text: both texts after Unicode NFKC, case folding and runs of white space made one space; a missing second text is an
-    empty one; tokens are a text with spaces between them; the label does not count. Image: the bytes of its file.
+    empty one; tokens are a text with spaces between them, a prompt's messages one with their roles; the label and the
+    completion do not count. Image: the bytes of its file.
     """
     if "image" in row:
         return hashlib.sha256(Path(row["image"]).read_bytes()).hexdigest()[:_DIGITS]
-    first = " ".join(row["tokens"]) if "tokens" in row else row["text"]
-    texts = [_plain(first), _plain(row.get("text_pair") or "")]
+    texts = [_plain(_first_text(row)), _plain(row.get("text_pair") or "")]
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:_DIGITS]
+
+
+def _first_text(row: dict) -> str:
+    if "prompt" in row:
+        return "\n".join(prompt_key(row))
+    return " ".join(row["tokens"]) if "tokens" in row else row["text"]
 
 
 def _plain(text: str) -> str:

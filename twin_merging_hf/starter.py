@@ -77,7 +77,8 @@ def describe_look(look: Look) -> list[str]:
     checkpoint = look.checkpoint
     numbers = sum(shape.numel() for shape in checkpoint.backbone.values())
     labels = list((checkpoint.config.id2label or {}).values())
-    head = "" if look.is_base else f", {len(labels)} labels: {', '.join(map(str, labels[:6]))}"
+    has_labels = not look.is_base and not checkpoint.is_language_model
+    head = f", {len(labels)} labels: {', '.join(map(str, labels[:6]))}" if has_labels else ""
     fits = "fits" if not look.misfits else "does not fit"
     kind = checkpoint.task_class.__name__
     return [
@@ -105,13 +106,13 @@ def starter_recipe(looks: list[Look], recipe_folder: Path) -> str:
     content["exclusive"] = {"method": "svd", "rank": 16, "dtype": "int4"}
     content["router"] = "auto"
     lines = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    kind = input_kind(fitting[0].checkpoint)
+    first = fitting[0].checkpoint
+    names = "# and readable names for labels that are called LABEL_0, ...:\n#   labels: [negative, positive]\n"
     return (
-        "# Each expert may have labelled rows, from which the router is trained (without them, `router: auto` needs none\n"
+        "# Each expert may have rows of its task, from which the router is trained (without them, `router: auto` needs none\n"
         "# but chooses worse):\n"
-        f"#   data: rows.jsonl        one {EXAMPLES[kind]} a line; or {{train: ..., validation: ..., test: ...}}\n"
-        "# and readable names for labels that are called LABEL_0, ...:\n"
-        "#   labels: [negative, positive]\n"
+        f"#   data: rows.jsonl        one {EXAMPLES[input_kind(first)]} a line; or {{train: ..., validation: ..., test: ...}}\n"
+        f"{'' if first.is_language_model else names}"
         f"{lines}"
     )
 

@@ -6,12 +6,16 @@ from typing import Any
 
 import torch
 
+from .checkpoints import Checkpoint
 from .evaluation import accuracy, agreement, artifact_outputs, checkpoint_model, model_outputs, pearson
+from .language_evaluation import predicted_tokens, token_agreement
 from .preflight import Inputs
 from .router_training import RouterReport
 
 
 _ROWS = 200
+# Of language models fewer: each row has many tokens to compare.
+_LANGUAGE_ROWS = 50
 # Below this agreement a verdict says what to do about it.
 _POOR = 0.9
 
@@ -19,13 +23,15 @@ _POOR = 0.9
 @dataclass(frozen=True)
 class Verdict:
     """
-    agreement: for each expert, how far the routed artifact answers like it on its held-out rows (share of equal labels,
-        of equal tags where tokens are tagged;
-        Pearson correlation for a regression). given: the same with the expert chosen by hand, so that the two together
-        tell routing losses from compression losses. Both None without data.
+    agreement: for each expert, how far the routed artifact answers like it on its held-out rows: share of equal labels, of
+        equal tags where tokens are tagged; Pearson correlation for a regression; of a language model the share of the
+        completions' tokens at which both would write the same next, the completion given up to there (of a model that
+        fills masks, of the masked tokens that both fill alike).
+    given: the same with the expert chosen by hand, so that the two together tell routing losses from compression losses.
+        Both None without data.
     worst_confusion: the largest share of one expert's rows that went to one other: expert, chosen, share.
     expert_scores: how well each expert itself does on these rows (`metric`: accuracy, or pearson for a regression; `score`;
-        `rows`): what later scores are relative to, where the experts are no longer at hand.
+        `rows`): what later scores are relative to, where the experts are no longer at hand; None of language models.
     """
 
     agreement: dict[str, float] | None
@@ -43,10 +49,16 @@ def reach_verdict(
     if inputs.rows is None or router is None:
         return Verdict(None, None, None, None, None)
     assert inputs.processing is not None
+    language = model.label_space.kind == "language"
     routed, given, counts, own = {}, {}, {}, {}
-    bar = counter("comparing with the experts", sum(3 * min(_ROWS, len(rows.held_out)) for rows in inputs.rows))
+    most = _LANGUAGE_ROWS if language else _ROWS
+    bar = counter("comparing with the experts", sum(3 * min(most, len(rows.held_out)) for rows in inputs.rows))
     for index, (name, checkpoint) in enumerate(zip(inputs.recipe.names, inputs.experts, strict=True)):
-        rows = inputs.rows[index].held_out[:_ROWS]
+        rows = inputs.rows[index].held_out[:most]
+        counts[name] = len(rows)
+        if language:
+            routed[name], given[name] = _language_agreement(model, checkpoint, name, rows, inputs, bar.update)
+            continue
         reference = model_outputs(checkpoint_model(checkpoint), rows, inputs.processing, bar.update)
         if "tokens" not in rows[0]:  # tagged rows are scored by their own measures
             own[name] = _own_score(reference, rows, inputs.entries[index]["problem_type"] == "regression")
@@ -55,17 +67,26 @@ def reach_verdict(
         by_hand = artifact_outputs(model, rows, inputs.processing, name, tick=bar.update)
         routed[name] = round(agreement(model, index, by_itself, reference, mean), 4)
         given[name] = round(agreement(model, index, by_hand, reference, mean), 4)
-        counts[name] = len(rows)
     bar.close()
-    return Verdict(
-        routed, given, counts, round(router.accuracy, 4), worst_confusion(inputs.recipe.names, router.confusion), own
-    )
+    worst = worst_confusion(inputs.recipe.names, router.confusion)
+    return Verdict(routed, given, counts, round(router.accuracy, 4), worst, None if language else own)
+
+
+def _language_agreement(
+    model: Any, checkpoint: Checkpoint, name: str, rows: list[dict], inputs: Inputs, tick: Callable
+) -> tuple[float, float]:
+    """Share of places at which the artifact would write the expert's own token: routed, and with the expert given."""
+    assert inputs.processing is not None
+    reference = predicted_tokens(checkpoint_model(checkpoint), rows, inputs.processing, tick=tick)
+    by_itself = predicted_tokens(model, rows, inputs.processing, routed=True, tick=tick)
+    by_hand = predicted_tokens(model, rows, inputs.processing, experts=name, tick=tick)
+    return round(token_agreement(by_itself, reference), 4), round(token_agreement(by_hand, reference), 4)
 
 
 def expert_score(inputs: Inputs, index: int) -> dict | None:
-    """`expert_scores` of one expert, without an artifact; None without rows, and for rows of tokens."""
+    """`expert_scores` of one expert, without an artifact; None without rows, and for rows without a label."""
     rows = inputs.rows[index].held_out[:_ROWS] if inputs.rows else []
-    if not rows or "tokens" in rows[0]:
+    if not rows or "label" not in rows[0]:
         return None
     assert inputs.processing is not None
     outputs = model_outputs(checkpoint_model(inputs.experts[index]), rows, inputs.processing)

@@ -1,6 +1,5 @@
 """Tiny language models: experts on disk, artifacts built from them once, and each expert's own stock model."""
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ SEQ2SEQ = ("t5-lm", "bart-lm")
 MASKED = ("bert-lm", "roberta-lm")
 TIED = [(kind, tied) for kind in (*CAUSAL, *SEQ2SEQ, *MASKED) for tied in (True, False) if kind != "bart-lm" or tied]
 """Every family with tied and untied embeddings; BART's are always tied."""
-GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "no_repeat_ngram_size": 1}
+"""No token twice: random models would write one and the same, and prove little."""
 
 
 class LanguageWorld:
@@ -26,20 +26,26 @@ class LanguageWorld:
 
     def __init__(self, root: Path):
         self.root = root
+        self._built: dict[Path, Path] = {}
 
-    @functools.cache  # noqa: B019 - one world lives as long as the session
     def experts(self, kind: str, tied: bool = True) -> Path:
         """Folder of a base, four experts and rows for each."""
-        labels: dict = {name: () for name in NAMES}
-        return tiny.make_experts(kind, self.root / f"{kind}-{tied}", labels, tie_word_embeddings=tied)
+        folder = self.root / f"{kind}-{tied}"
+        if not folder.exists():
+            labels: dict = {name: () for name in NAMES}
+            tiny.make_experts(kind, folder, labels, tie_word_embeddings=tied)
+        return folder
 
-    @functools.cache  # noqa: B019
     def artifact(self, kind: str, tied: bool = True, data: bool = False) -> Path:
-        """Full-rank artifact; without data its router is `projection`, with data `linear`."""
+        """Full-rank artifact; without data its router is `projection`, with data `lexical`."""
         folder = self.experts(kind, tied)
         name = f"artifact{'-data' if data else ''}"
-        recipe = tiny.write_recipe(folder, NAMES, data=data, file=f"{name}.yaml", exclusive={"rank": tiny.FULL_RANK})
-        return build_artifact(recipe, folder / name, Progress(quiet=True)).folder
+        if folder / name not in self._built:
+            options = {"router": "lexical"} if data else {}
+            full = {"rank": tiny.FULL_RANK}
+            recipe = tiny.write_recipe(folder, NAMES, data=data, file=f"{name}.yaml", exclusive=full, **options)
+            self._built[folder / name] = build_artifact(recipe, folder / name, Progress(quiet=True)).folder
+        return self._built[folder / name]
 
     def model(self, kind: str, tied: bool = True, data: bool = False) -> Any:
         """A fresh model of an artifact, in eval mode, by its own class."""

@@ -1,0 +1,114 @@
+"""Builds of language models with data: router on prompts, verdict, card, check, inspect, plan, evaluate."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, GenerationConfig
+
+from tests import tiny
+from tests.modeling.language import NAMES, LanguageWorld
+from twin_merging_hf.artifact import check_artifact, inspect_artifact
+from twin_merging_hf.builder import build_artifact, plan_build
+from twin_merging_hf.errors import TwinMergingError
+from twin_merging_hf.evaluate_artifact import evaluate_artifact
+from twin_merging_hf.progress import Progress
+
+
+KINDS = {"llama-lm": "text-generation", "t5-lm": None, "bert-lm": "fill-mask"}
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory: pytest.TempPathFactory) -> LanguageWorld:
+    return LanguageWorld(tmp_path_factory.mktemp("language"))
+
+
+def read(folder: Path, name: str) -> dict:
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_build_with_data_is_whole_and_agrees_with_its_experts(language, kind):
+    folder = language.artifact(kind, data=True)
+    report = read(folder, "report.json")
+    assert check_artifact(folder) == []
+    assert report["router"]["accuracy"] == 1.0, "each expert's prompts have words of their own"
+    assert report["verdict"]["given"] == dict.fromkeys(NAMES, 1.0), "full rank loses nothing"
+    assert min(report["verdict"]["agreement"].values()) > 0.5
+    assert report["verdict"]["rows"] == dict.fromkeys(NAMES, 4) and report["head_temperatures"] == {}
+    assert report["storage"]["heads"] == 0
+    found = inspect_artifact(folder)
+    assert found.task == KINDS[kind] and found.labels == []
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert (f"pipeline_tag: {KINDS[kind]}" in card) == (KINDS[kind] is not None)
+    assert "log-probabilities over all experts' labels" not in card and "tokens" in card
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_router_of_a_build_sends_each_prompt_to_its_expert(language, kind):
+    folder = language.artifact(kind, data=True)
+    model, tokenizer = language.model(kind, data=True), AutoTokenizer.from_pretrained(folder)
+    key = "text" if kind == "bert-lm" else "prompt"
+    for index, name in enumerate(NAMES):
+        lines = (language.experts(kind) / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        texts = [json.loads(line)[key] for line in lines]
+        weights = model.route(**tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False))
+        assert weights.argmax(dim=1).tolist() == [index] * len(texts)
+
+
+def test_a_dry_run_plans_without_writing(language):
+    folder = language.experts("llama-lm")
+    recipe = tiny.write_recipe(folder, NAMES, file="plan.yaml", exclusive={"rank": 2})
+    plan = plan_build(recipe, folder / "planned")
+    assert plan.labels == [] and plan.delta_bytes > 0 and not (folder / "planned").exists()
+
+
+def test_the_artifact_generates_as_its_experts_are_told_to(language, tmp_path):
+    folder = tiny.make_experts("llama-lm", tmp_path, {"a": (), "b": ()}, rows=0)
+    for name in ("a", "b"):
+        GenerationConfig(max_new_tokens=3, eos_token_id=[3, 7], pad_token_id=0).save_pretrained(folder / name)
+    recipe = tiny.write_recipe(folder, ["a", "b"], data=False, exclusive={"rank": 2})
+    built = build_artifact(recipe, folder / "artifact", Progress(quiet=True)).folder
+    settings = GenerationConfig.from_pretrained(built)
+    assert (settings.max_new_tokens, settings.eos_token_id, settings.pad_token_id) == (3, [3, 7], 0)
+
+
+@pytest.mark.parametrize("kind", ["llama-lm", "t5-lm"])
+def test_evaluate_scores_what_is_written_routed_and_given(language, kind, tmp_path):
+    folder, experts = language.artifact(kind, data=True), language.experts(kind)
+    files = {}
+    for index, name in enumerate(NAMES[:2]):
+        words = tiny.WORDS[index * 22 : index * 22 + 5]
+        rows = [{"prompt": " ".join([*words, word]), "completion": word} for word in words]
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = evaluate_artifact(folder, files, experts / "artifact-data.yaml", metrics={"b": "rouge_l"}, resamples=20)
+    assert {name: task["metric"] for name, task in found["data"].items()} == {"a": "exact_match", "b": "rouge_l"}
+    assert found["given"]["raw"] == found["experts"]["scores"], "full rank writes what the experts write"
+    assert found["calibration"] is None and found["time"]["routed_seconds"] > 0
+    model, tokenizer = language.model(kind, data=True), AutoTokenizer.from_pretrained(folder)
+    right = []
+    for index, path in enumerate(files.values()):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            inputs = tokenizer(json.loads(line)["prompt"], return_tensors="pt", return_token_type_ids=False)
+            right.append(int(model.route(**inputs).argmax()) == index)
+    assert found["router"]["accuracy"] == pytest.approx(sum(right) / len(right)), "as each prompt alone is routed"
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"text": "w1", "label": 0}, "unknown key 'label'"),
+        ({"prompt": "w1"}, "`completion` must be a non-empty string"),
+        ({"messages": [{"role": "user", "content": "w1"}]}, "at least 2"),
+        ({"messages": [{"role": "user", "content": "w1"}] * 2}, "must be the assistant's"),
+        ({"messages": [{"role": "human", "content": "w1"}] * 2}, "message 0: `role`"),
+    ],
+)
+def test_a_malformed_row_is_named(language, row, says, tmp_path):
+    folder = language.experts("llama-lm")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    data = {"a": {"data": str(tmp_path / "rows.jsonl")}}
+    recipe = tiny.write_recipe(folder, NAMES, file="bad.yaml", experts=data)
+    with pytest.raises(TwinMergingError, match=says):
+        plan_build(recipe, folder / "bad")
