@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .mix_twin_merging import ExpertMix
+from .terms_twin_merging import looked_up, tables
 
 
 RMS_NORMS = ("T5LayerNorm", "MT5LayerNorm", "UMT5LayerNorm")
@@ -82,7 +83,7 @@ class LookedUpRows:
         numbers = torch.arange(module.num_embeddings, dtype=torch.float64, device=output.device)[:, None]
         shell.__dict__["_parameters"] = {"weight": numbers}
         rows = type(module).forward(shell, *args, **kwargs)[..., 0].long()
-        return output + self.delta(rows, call).to(device=output.device, dtype=output.dtype)
+        return output + looked_up(self.delta, rows, call).to(device=output.device, dtype=output.dtype)
 
 
 class _Lookup:
@@ -111,9 +112,9 @@ class PerRowRelativeBias:
         bias = compute(module, *args, **kwargs)
         if call is None:
             return bias
-        tables = self.delta(call)  # [batch, bucket, head]
+        tables_of_rows = tables(self.delta, call)  # [batch, bucket, head]
         shell = shell_of(module)
-        shell.__dict__["relative_attention_bias"] = _Lookup(tables)
+        shell.__dict__["relative_attention_bias"] = _Lookup(tables_of_rows)
         more = compute(shell, *args, **kwargs)  # [1, batch * head, query, key]
-        more = more.reshape(tables.shape[0], tables.shape[2], *more.shape[2:])
+        more = more.reshape(tables_of_rows.shape[0], tables_of_rows.shape[2], *more.shape[2:])
         return bias + more.to(device=bias.device, dtype=bias.dtype)

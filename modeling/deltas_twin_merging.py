@@ -2,13 +2,13 @@
 Expert deltas on the shared model's parameters, one mixture per row: y_b = W x_b + sum_t w[b,t] up_t (down_t x_b).
 
 A delta module holds all experts' deltas of one parameter, side by side, and is reached through its own forward only,
-so that offloading and deepcopy work. Hooks add its output to that of the module that owns the parameter.
+so that offloading and deepcopy work. Linear layers and norms get a forward that takes the deltas in; hooks add them to the
+outputs of other modules.
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -20,17 +20,12 @@ from .architectures_twin_merging import (
     architecture_rule,
     shell_of,
 )
-from .factors_twin_merging import (
-    Conv1DDelta,
-    Conv2dDelta,
-    EmbeddingDelta,
-    ExactDelta,
-    LinearDelta,
-    TableDelta,
-    rows_like,
-)
-from .mix_twin_merging import CallWeights, ExpertMix
+from .factors_twin_merging import ExactDelta, FactoredDelta, rows_like
+from .matrices_twin_merging import MatrixForward
+from .mix_twin_merging import ExpertMix
+from .norms_twin_merging import NormForward
 from .sparse_twin_merging import SparseDelta
+from .terms_twin_merging import convolution_settings, convolved, looked_up, tables
 
 
 def delta_key(parameter_name: str) -> str:
@@ -81,38 +76,24 @@ def is_vector(shape: torch.Size) -> bool:
     return len(shape) == 1 or (len(shape) == 3 and shape[0] == 1 and 1 in shape[1:])
 
 
-_FACTORED = {
-    "linear": LinearDelta,
-    "conv1d": Conv1DDelta,
-    "embedding": EmbeddingDelta,
-    "scaled_embedding": EmbeddingDelta,
-    "looked_up_embedding": EmbeddingDelta,
-    "table": TableDelta,
-    "relative_bias": TableDelta,
-}
+_FACTORED = (
+    "linear", "conv1d", "conv2d", "embedding", "scaled_embedding", "looked_up_embedding", "table", "relative_bias",
+)  # fmt: skip
 _SPARSE = {"scaled_embedding": "embedding", "looked_up_embedding": "embedding", "relative_bias": "table"}
 
 
-def new_factored(rule: str, owner: Any, parameter: torch.Tensor, ranks: list, storage: str) -> nn.Module:
+def new_factored(rule: str, parameter: torch.Tensor, ranks: list, storage: str) -> nn.Module:
     """Make the (uninitialised) module of one parameter's factors; `storage` as in `FactoredDelta`."""
-    if rule == "conv2d":
-        return Conv2dDelta(ranks, parameter.shape, _convolution_settings(owner), storage)
     if rule not in _FACTORED:
         raise ValueError(f"a delta by rule {rule!r} cannot be factored")
-    m, n = parameter.shape[-2:]
-    return _FACTORED[rule](ranks, m, n, storage)
+    m, n = (parameter.shape[0], parameter.shape[1:].numel()) if rule == "conv2d" else parameter.shape[-2:]
+    return FactoredDelta(ranks, m, n, storage)
 
 
 def new_sparse(rule: str, owner: Any, parameter: torch.Tensor, counts: list) -> nn.Module:
     """Make the (uninitialised) module of one parameter's sparse deltas."""
-    settings = _convolution_settings(owner) if rule == "conv2d" else {}
+    settings = convolution_settings(owner) if rule == "conv2d" else {}
     return SparseDelta(_SPARSE.get(rule, rule), counts, tuple(parameter.shape), settings)
-
-
-def _convolution_settings(owner: Any) -> dict:
-    if owner.padding_mode != "zeros":
-        raise ValueError(f"deltas of a Conv2d with padding_mode={owner.padding_mode!r} are not supported")
-    return {"stride": owner.stride, "padding": owner.padding, "dilation": owner.dilation}
 
 
 class DeltaHook:
@@ -133,14 +114,6 @@ class DeltaHook:
         return output
 
 
-def _module_term(module, x, output, delta, call: CallWeights):
-    return delta(x, call)
-
-
-def _scaled_term(module, x, output, delta, call: CallWeights):
-    return delta(x, call) * module.embed_scale
-
-
 def _bias_term(module, x, output, delta, call):
     bias = delta(call)
     if type(module) is nn.Conv2d:
@@ -148,29 +121,23 @@ def _bias_term(module, x, output, delta, call):
     return rows_like(bias, output)
 
 
-def _layer_norm_term(module, x, output, delta, call):
-    # From the input again: dividing the output by the scale would fail where the scale is zero.
-    normed = F.layer_norm(x, module.normalized_shape, eps=module.eps)
-    return normed * rows_like(delta(call), x).to(x.device)
+def _embedding_term(module, ids, output, delta, call):
+    return looked_up(delta, ids, call)
 
 
-def _rms_norm_term(module, x, output, delta, call):
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    eps = torch.finfo(x.dtype).eps if eps is None else eps  # torch's own RMSNorm leaves it open
-    x32 = x.float()
-    normed = (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-    return normed * rows_like(delta(call), x).to(x.device)
+def _scaled_term(module, ids, output, delta, call):
+    return looked_up(delta, ids, call) * module.embed_scale
+
+
+def _conv2d_term(module, x, output, delta, call):
+    return convolved(module, x, delta, call)
 
 
 _TERMS = {
-    "linear": _module_term,
-    "conv1d": _module_term,
-    "embedding": _module_term,
+    "embedding": _embedding_term,
     "scaled_embedding": _scaled_term,
-    "conv2d": _module_term,
+    "conv2d": _conv2d_term,
     "bias": _bias_term,
-    "layer_norm": _layer_norm_term,
-    "rms_norm": _rms_norm_term,
 }
 
 
@@ -193,8 +160,9 @@ class PerRowParameters:
         per_row = {}
         for attribute, delta in self.deltas.items():
             parameter: Any = module._parameters[attribute]
-            per_row[attribute] = parameter + delta(call).to(device=parameter.device, dtype=parameter.dtype).reshape(
-                -1, *parameter.shape[1:]
+            delta_rows = tables(delta, call).to(device=parameter.device, dtype=parameter.dtype)
+            per_row[attribute] = (parameter + delta_rows.reshape(-1, *parameter.shape[1:])).expand(
+                call.weights.shape[0], *parameter.shape[1:]
             )
         return type(module).forward(self._shell(per_row), *args, **kwargs)
 
@@ -262,7 +230,7 @@ def attach_deltas(
         first = next((place for place, rule in enumerate(rules) if str(rule).endswith("embedding")), 0)
         rule, owner = rules[first], holders[first][0]
         if name in ranks:
-            delta = new_factored(rule, owner, parameter, ranks[name], storage)
+            delta = new_factored(rule, parameter, ranks[name], storage)
         elif name in sparse:
             delta = new_sparse(rule, owner, parameter, sparse[name])
         else:
@@ -271,6 +239,9 @@ def attach_deltas(
         for (owner, attribute), rule in zip(holders, rules, strict=True):
             _attach(hooks, owner, attribute, rule, delta, mix)
     return deltas
+
+
+_FORWARDS = {"linear": MatrixForward, "conv1d": MatrixForward, "layer_norm": NormForward, "rms_norm": NormForward}
 
 
 def _attach(hooks: dict, owner: Any, attribute: str, rule: str, delta: nn.Module, mix: ExpertMix) -> None:
@@ -286,6 +257,11 @@ def _attach(hooks: dict, owner: Any, attribute: str, rule: str, delta: nn.Module
         if not isinstance(owner.__dict__.get("forward"), PerRowParameters):
             owner.forward = PerRowParameters(owner, mix)
         owner.forward.deltas[attribute] = delta
+        return
+    if "forward" not in owner.__dict__ and (rule in _FORWARDS or type(owner) is nn.LayerNorm):
+        owner.forward = _FORWARDS.get(rule, NormForward)(owner, mix)
+    if isinstance(owner.__dict__.get("forward"), (MatrixForward, NormForward)):
+        setattr(owner.forward, attribute, delta)
         return
     if id(owner) not in hooks:
         hooks[id(owner)] = DeltaHook(mix)

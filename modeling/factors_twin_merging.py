@@ -1,14 +1,17 @@
 """
 Modules that hold all experts' deltas of one parameter: low-rank factors in floats or packed integers, or exact vectors.
 
-Each applies its deltas to an input, one mixture per row: sum_t w[b, t] * up_t (down_t x_b). No mixture is ever formed.
+They say what the deltas are; `matrices_twin_merging` and `deltas_twin_merging` let them act. Whoever needs a delta calls
+the module, and reads no tensor of it: under offloading the tensors are there only while the module is called.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .mix_twin_merging import CallWeights
+from .call_twin_merging import CallWeights
 
 
 INTEGER_BITS = {"int8": 8, "int4": 4}
@@ -18,10 +21,11 @@ def rows_like(columns: torch.Tensor, x: torch.Tensor, feature_dims: int = 1) -> 
     """
     Shape per-row values [batch, n] so that they multiply an [rows, ..., n] tensor computed from `x`.
 
-    `x` has one row (broadcast), `batch` rows, or `batch * k` rows that follow each other row by row.
+    `x` has one row (broadcast), `batch` rows, or `batch * k` rows that follow each other row by row. One row of values
+    is for all rows of `x`.
     """
     batch, rows = columns.shape[0], x.shape[0]
-    if rows not in (1, batch):
+    if batch > 1 and rows not in (1, batch):
         if rows % batch:
             raise ValueError(
                 f"a module got {rows} rows where the batch has {batch}; its rows cannot be matched with expert weights"
@@ -42,6 +46,28 @@ def unpack_nibbles(packed: torch.Tensor, dim: int, length: int) -> torch.Tensor:
     """Undo `pack_nibbles`: int8 values in -8..7, `length` of them along `dim`."""
     pairs = torch.stack([packed & 15, packed >> 4], dim=dim + 1).flatten(dim, dim + 1)
     return pairs.narrow(dim, 0, length).to(torch.int8) - 8
+
+
+def take(tensor: torch.Tensor, dim: int, places: Any) -> torch.Tensor:
+    """Entries of a tensor along `dim`: all (None; the tensor itself), a slice (a view) or indices (a copy)."""
+    if places is None or (isinstance(places, slice) and places == slice(0, tensor.shape[dim])):
+        return tensor
+    if isinstance(places, slice):
+        return tensor.narrow(dim, places.start, places.stop - places.start)
+    return tensor.index_select(dim, places.to(tensor.device))
+
+
+class Factors(NamedTuple):
+    """Factors as floats: `up` [m, rank] (or its rows [*ids, rank]), `down` [rank, n], `scale` [rank] of integers, or None."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+    scale: torch.Tensor | None
+
+    def scaled(self, columns: torch.Tensor) -> torch.Tensor:
+        """What multiplies each rank direction of each row [batch, rank]: expert weight, times scale if any."""
+        columns = columns.to(self.down.device)
+        return (columns if self.scale is None else columns.float() * self.scale).to(self.down.dtype)
 
 
 class FactoredDelta(nn.Module):
@@ -81,102 +107,54 @@ class FactoredDelta(nn.Module):
             return self.up.dtype
         return x.dtype if x is not None and x.is_floating_point() else self.scale.dtype
 
-    def up_matrix(self, dtype: torch.dtype) -> torch.Tensor:
-        """`up` [m, rank] in a float type; for integers without the scale."""
+    def up_matrix(self, dtype: torch.dtype, places: Any = None) -> torch.Tensor:
+        """`up` [m, rank] in a float type, of all rank columns or those of `places`; for integers without the scale."""
+        up = take(self.up, 1, places)
         if self.bits is None:
-            return self.up.to(dtype)
-        return (self.up if self.bits == 8 else unpack_nibbles(self.up, 0, self.m)).to(dtype) * self.unit
+            return up.to(dtype)
+        return (up if self.bits == 8 else unpack_nibbles(up, 0, self.m)).to(dtype) * self.unit
 
-    def down_matrix(self, dtype: torch.dtype) -> torch.Tensor:
-        """`down` [rank, n] in a float type; for integers without the scale."""
+    def down_matrix(self, dtype: torch.dtype, places: Any = None) -> torch.Tensor:
+        """`down` [rank, n] in a float type, of all rank rows or those of `places`; for integers without the scale."""
+        down = take(self.down, 0, places)
         if self.bits is None:
-            return self.down.to(dtype)
-        return (self.down if self.bits == 8 else unpack_nibbles(self.down, 1, self.n)).to(dtype) * self.unit
+            return down.to(dtype)
+        return (down if self.bits == 8 else unpack_nibbles(down, 1, self.n)).to(dtype) * self.unit
 
-    def up_rows(self, ids: torch.Tensor) -> torch.Tensor:
+    def up_rows(self, ids: torch.Tensor, places: Any = None) -> torch.Tensor:
         """Rows of `up` [*ids, rank], unpacked after the look-up: a vocabulary's table is never unpacked as a whole."""
         if self.bits is None:
-            return F.embedding(ids, self.up)
+            return take(F.embedding(ids, self.up), -1, places)
         if self.bits == 8:
-            return self.up[ids].to(self.factor_dtype()) * self.unit
-        pairs = self.up[ids // 2]
+            return take(self.up[ids], -1, places).to(self.factor_dtype()) * self.unit
+        pairs = take(self.up[ids // 2], -1, places)
         nibbles = torch.where((ids % 2 == 1)[..., None], pairs >> 4, pairs & 15)
         return (nibbles.to(torch.int8) - 8).to(self.factor_dtype()) * self.unit
 
-    def coefficients(self, call: CallWeights, dtype: torch.dtype) -> torch.Tensor:
-        """What multiplies each rank direction of each row [batch, sum(ranks)]: expert weight, times scale if any."""
-        columns = call.columns(self.ranks).to(device=self.up.device)
-        if self.bits is not None:
-            columns = columns.float() * self.scale.float()
-        return columns.to(dtype)
+    def forward(self, dtype: torch.dtype, places: Any = None, ids: torch.Tensor | None = None) -> Factors:
+        """
+        The factors as floats of type `dtype`.
 
-    def as_linear(self, x: torch.Tensor, call: CallWeights) -> torch.Tensor:
-        """What the deltas add to x W^T, for a weight W [m, n]."""
-        dtype = self.factor_dtype(x)
-        h = F.linear(x.to(dtype), self.down_matrix(dtype))
-        return F.linear(h * rows_like(self.coefficients(call, dtype), x), self.up_matrix(dtype))
-
-
-class LinearDelta(FactoredDelta):
-    """`nn.Linear` weight [out, in]."""
-
-    def forward(self, x: torch.Tensor, call: CallWeights) -> torch.Tensor:
-        return self.as_linear(x, call)
-
-
-class Conv1DDelta(FactoredDelta):
-    """Transformers' `Conv1D` weight [in, out]."""
-
-    def forward(self, x: torch.Tensor, call: CallWeights) -> torch.Tensor:
-        dtype = self.factor_dtype(x)
-        h = x.to(dtype) @ self.up_matrix(dtype)
-        return (h * rows_like(self.coefficients(call, dtype), x)) @ self.down_matrix(dtype)
-
-
-class EmbeddingDelta(FactoredDelta):
-    """`nn.Embedding` weight [vocabulary, hidden]; also as the weight of the output layer that is tied to it."""
-
-    def forward(self, ids: torch.Tensor, call: CallWeights) -> torch.Tensor:
-        if ids.is_floating_point():  # hidden states: the output layer
-            return self.as_linear(ids, call)
-        # One-dimensional ids are positions shared by all rows: each row gets its own table entries.
-        h = self.up_rows(ids if ids.dim() > 1 else ids[None])
-        dtype = self.factor_dtype()
-        return (h * rows_like(self.coefficients(call, dtype), h)) @ self.down_matrix(dtype)
-
-
-class Conv2dDelta(FactoredDelta):
-    """`nn.Conv2d` weight [out, in * kh * kw]: a k x k convolution to rank channels, then a 1 x 1 convolution."""
-
-    def __init__(self, ranks: list, weight_shape: torch.Size, settings: dict, storage: str = "float32"):
-        super().__init__(ranks, weight_shape[0], weight_shape[1:].numel(), storage)
-        self.kernel_shape = tuple(weight_shape[1:])
-        self.settings = settings
-
-    def forward(self, x: torch.Tensor, call: CallWeights) -> torch.Tensor:
-        dtype = self.factor_dtype(x)
-        kernel = self.down_matrix(dtype).reshape(-1, *self.kernel_shape)
-        h = F.conv2d(x.to(dtype), kernel, **self.settings)  # [rows, rank, height, width]
-        h = h * rows_like(self.coefficients(call, dtype), h, feature_dims=3)[..., None, None]
-        return F.conv2d(h, self.up_matrix(dtype)[..., None, None])
-
-
-class TableDelta(FactoredDelta):
-    """A bare parameter [1, m, n], such as ViT's position embeddings: returns per-row deltas [batch, m, n]."""
-
-    def forward(self, call: CallWeights) -> torch.Tensor:
-        dtype = self.factor_dtype()
-        coefficients = self.coefficients(call, dtype)  # [batch, rank]
-        return (self.up_matrix(dtype)[None] * coefficients[:, None, :]) @ self.down_matrix(dtype)
+        Args:
+            places: which rank columns (a slice or indices); None: all.
+            ids: rows of `up` to look up, in the place of the whole matrix.
+        """
+        up = self.up_matrix(dtype, places) if ids is None else self.up_rows(ids, places).to(dtype)
+        scale = None if self.bits is None else take(self.scale, 0, places).float()
+        return Factors(up, self.down_matrix(dtype, places), scale)
 
 
 class ExactDelta(nn.Module):
-    """Deltas of a vector (bias, norm, class token), kept exactly: `delta` [expert, *shape] -> [batch, *shape]."""
+    """
+    Deltas of a vector (bias, norm, class token), kept exactly: `delta` [expert, *shape] -> [batch, *shape].
+
+    Where a call's rows have the same weights: [1, *shape].
+    """
 
     def __init__(self, experts: int, shape: tuple):
         super().__init__()
         self.delta = nn.Parameter(torch.empty(experts, *shape))
 
     def forward(self, call: CallWeights) -> torch.Tensor:
-        weights = call.weights.to(device=self.delta.device, dtype=self.delta.dtype)
+        weights = call.vector_weights.to(device=self.delta.device, dtype=self.delta.dtype)
         return torch.tensordot(weights, self.delta, dims=1)

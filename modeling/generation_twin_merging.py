@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, MaskedLMOutput, Seq2SeqLMOutput
 
-from .mix_twin_merging import ALL, CallWeights, ExpertMix
+from .mix_twin_merging import ALL, ExpertMix
 
 
 CACHES = ("cache", "past_key_values")
@@ -152,6 +152,7 @@ class GenerationLMMixin(LanguageModelMixin):
     generation_config: Any
     main_input_name: str
     generating: Any
+    _planned: Any
 
     def _align(self, inputs: dict) -> tuple[dict, None]:
         # Padding stays where it is: what a cache and its masks hold has an order, and stock models expect it so.
@@ -336,6 +337,6 @@ class Seq2SeqLMMixin(GenerationLMMixin):
         """Let `generate` run the encoder with the rows' weights acting, and without them among its arguments."""
         weights = model_kwargs["expert_weights"]
         rest = {name: value for name, value in model_kwargs.items() if name != "expert_weights"}
-        with self.mix.applied(CallWeights(weights)):
+        with self.mix.applied(self._planned({self.main_input_name: inputs_tensor, **rest}, weights)):
             prepared = prepare(inputs_tensor, rest, *args, **kwargs)
         return {**prepared, "expert_weights": weights}

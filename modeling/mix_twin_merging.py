@@ -3,94 +3,87 @@
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
+
+from .call_twin_merging import CallWeights
 
 
 ALL = "all"
 """In the place of an expert's name: each row is answered by every expert."""
 
-# Weights of the running calls, by the id of the model's mix. A context variable, so that threads do not meet; never
-# changed in place, so that what an outer call sees stays as it is.
-_ACTIVE: ContextVar[dict] = ContextVar("twin_merging_active", default={})  # noqa: B039
-# What `use_experts` chose, likewise.
-_FORCED: ContextVar[dict] = ContextVar("twin_merging_forced", default={})  # noqa: B039
+# Values of all `Scoped`, by their ids. A context variable, so that threads do not meet; never changed in place, so that
+# what an outer block sees stays as it is.
+_VALUES: ContextVar[dict] = ContextVar("twin_merging_values", default={})  # noqa: B039
 
 
-class CallWeights:
-    """Expert weights of one call, [batch, expert], and the same spread over rank columns."""
-
-    def __init__(self, weights: torch.Tensor):
-        self.weights = weights
-        self._columns: dict = {}
-
-    def columns(self, ranks: tuple) -> torch.Tensor:
-        """Repeat each expert's weight over its ranks: [batch, sum(ranks)]."""
-        if ranks not in self._columns:
-            spread = [self.weights[:, t : t + 1].expand(-1, rank) for t, rank in enumerate(ranks) if rank]
-            self._columns[ranks] = torch.cat(spread, dim=1)
-        return self._columns[ranks]
-
-
-class ExpertMix:
+class Scoped:
     """
-    The one object through which a model and its hooks agree on the weights of the running call.
+    A value that holds in one thread until a block ends; None outside of every block.
 
-    Eager calls keep the weights in a context variable. A compiled graph reads an attribute instead, because dynamo
-    refuses context variables. Activation checkpointing recomputes during backward, after forward has returned and
-    possibly in another thread: `CheckpointWithWeights` brings the weights of the forward along.
+    A compiled graph reads an attribute instead, because dynamo refuses context variables. It is set in eager code too:
+    where a graph breaks, compiled frames run inside eager ones.
     """
 
-    def __init__(self):
-        self.latest: CallWeights | None = None  # read by compiled graphs only
-        self.forced = None
+    def __init__(self) -> None:
+        self.latest: Any = None
 
     def __getstate__(self):
-        return {}  # the weights of a call belong to that call: copies and pickles start clean
+        return {}  # the values of a block belong to that block: copies and pickles start clean
 
     def __setstate__(self, state):
-        self.latest = self.forced = None
+        self.latest = None
 
-    def current(self) -> CallWeights | None:
-        """Return the weights acting now, or None when the experts are off."""
+    def get(self) -> Any:
         if torch.compiler.is_compiling():
             return self.latest
-        return _ACTIVE.get().get(id(self))
-
-    def current_forced(self):
-        """Return the choice of the enclosing `use_experts`, or None."""
-        if torch.compiler.is_compiling():
-            return self.forced
-        return _FORCED.get().get(id(self))
+        return _VALUES.get().get(id(self))
 
     @contextmanager
-    def applied(self, call: CallWeights | None):
-        """Let `call` act (None: experts off) until the block ends, whatever happens inside."""
-        # The attribute is set in eager code too: where a graph breaks, compiled frames run inside eager ones.
-        before, self.latest = self.latest, call
+    def set(self, value: Any):
+        """Let `value` hold until the block ends, whatever happens inside."""
+        before, self.latest = self.latest, value
         if torch.compiler.is_compiling():
             try:
                 yield
             finally:
                 self.latest = before
             return
-        token = _ACTIVE.set({**_ACTIVE.get(), id(self): call})
+        token = _VALUES.set({**_VALUES.get(), id(self): value})
         try:
             yield
         finally:
-            _ACTIVE.reset(token)
+            _VALUES.reset(token)
             self.latest = before
 
-    @contextmanager
+
+class ExpertMix:
+    """
+    The one object through which a model and its modules agree on the weights of the running call.
+
+    Activation checkpointing recomputes during backward, after forward has returned and possibly in another thread:
+    `CheckpointWithWeights` brings the weights of the forward along.
+    """
+
+    def __init__(self) -> None:
+        self._active, self._forced = Scoped(), Scoped()
+
+    def current(self) -> CallWeights | None:
+        """Return the weights acting now, or None when the experts are off."""
+        return self._active.get()
+
+    def current_forced(self):
+        """Return the choice of the enclosing `use_experts`, or None."""
+        return self._forced.get()
+
+    def applied(self, call: CallWeights | None):
+        """Let `call` act (None: experts off) until the block ends."""
+        return self._active.set(call)
+
     def force(self, choice):
         """Make `choice` the answer of `current_forced` until the block ends."""
-        token, before = _FORCED.set({**_FORCED.get(), id(self): choice}), self.forced
-        self.forced = choice
-        try:
-            yield
-        finally:
-            self.forced = before
-            _FORCED.reset(token)
+        return self._forced.set(choice)
 
 
 class CheckpointWithWeights:

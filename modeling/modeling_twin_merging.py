@@ -20,8 +20,10 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, TransformersKwargs, cached_file, logging
 
 from .architectures_twin_merging import RMS_NORMS  # noqa: F401 - older loaders copy what is named here
+from .call_twin_merging import CallWeights  # noqa: F401 - likewise
 from .classification_twin_merging import ClassificationMixin, TwinMergingClassifierOutput
 from .configuration_twin_merging import LANGUAGE, TwinMergingConfig
+from .costs_twin_merging import Costs  # noqa: F401 - likewise
 from .deltas_twin_merging import attach_deltas
 from .factors_twin_merging import INTEGER_BITS, ExactDelta, FactoredDelta
 from .generation_twin_merging import (
@@ -33,7 +35,9 @@ from .generation_twin_merging import (
     TwinMergingSeq2SeqLMOutput,
 )
 from .heads_twin_merging import LabelSpace
-from .mix_twin_merging import ALL, CallWeights, CheckpointWithWeights, ExpertMix
+from .matrices_twin_merging import MatrixForward  # noqa: F401 - likewise
+from .mix_twin_merging import ALL, CheckpointWithWeights, ExpertMix
+from .norms_twin_merging import NormForward  # noqa: F401 - likewise
 from .padding_twin_merging import TOKEN_INPUTS, align_left, restore_order
 from .plans_twin_merging import PlansMixin
 from .routing_twin_merging import (
@@ -46,9 +50,11 @@ from .routing_twin_merging import (
     new_router,
     weights_from_logits,
 )
+from .selection_twin_merging import Decision  # noqa: F401 - likewise
 from .shared_twin_merging import LANGUAGE_MODELS, build_shared, find_shared_class
 from .sparse_twin_merging import SparseDelta
 from .tags_twin_merging import TOKEN_CLASSES
+from .terms_twin_merging import looked_up  # noqa: F401 - likewise
 from .token_classification_twin_merging import TokenClassificationMixin, TwinMergingTokenClassifierOutput
 
 
@@ -118,6 +124,7 @@ class TwinMergingPreTrainedModel(PlansMixin, PreTrainedModel):
                 raise ValueError(f"`problem_type` of the experts does not fit a shared {config.shared_class}")
         self.shared = build_shared(config)
         self.mix = ExpertMix()
+        self._start_plans()
         self.label_space = LabelSpace.of(config.experts)
         self.deltas = attach_deltas(
             self.shared,
@@ -359,7 +366,7 @@ class TwinMergingPreTrainedModel(PlansMixin, PreTrainedModel):
         return repeated, torch.eye(count).repeat(batch, 1)
 
     def _run(self, module: nn.Module, inputs: dict, weights: torch.Tensor):
-        with self.mix.applied(CallWeights(weights)):
+        with self.mix.applied(self._planned(inputs, weights)):
             return module(**inputs, return_dict=True)
 
     def _answer(self, named: dict, kwargs: dict, experts, expert_weights, answer, finish=lambda output: output):

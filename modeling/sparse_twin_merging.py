@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .call_twin_merging import CallWeights
 from .factors_twin_merging import rows_like
-from .mix_twin_merging import CallWeights
 
 
 def _linear(x, dense, settings):
@@ -61,13 +61,26 @@ class SparseDelta(nn.Module):
         flat = values.new_zeros(torch.Size(self.shape).numel())
         return flat.scatter(0, self.indices[block].long(), values).reshape(self.shape)
 
+    def merged(self, call: CallWeights, weight: torch.Tensor) -> torch.Tensor:
+        """`weight` with the deltas of the one row of expert weights in `call` added."""
+        merged = weight.flatten().float() if weight.dtype != torch.float32 else weight.flatten().clone()
+        for t in self._acting(call):
+            block = slice(sum(self.counts[:t]), sum(self.counts[: t + 1]))
+            share = call.weights[0, t].to(merged.device)
+            merged.index_add_(0, self.indices[block].long(), self.values[block].to(merged.dtype) * share)
+        return merged.reshape(weight.shape).to(weight.dtype)
+
     def forward(self, *args) -> torch.Tensor:
         *inputs, call = args  # a table has no input
-        terms = [self._term(inputs, call, t) for t, count in enumerate(self.counts) if count]
+        terms = [self._term(inputs, call, t) for t in self._acting(call)]
         total = terms[0]
         for term in terms[1:]:
             total = total + term
         return total
+
+    def _acting(self, call: CallWeights) -> list:
+        acting = [t for t, n in enumerate(self.counts) if n and (call.experts is None or t in call.experts)]
+        return acting or [self.counts.index(max(self.counts))]  # nothing acts: any expert, whose weights are 0
 
     def _term(self, inputs: list, call: CallWeights, t: int) -> torch.Tensor:
         weight = call.weights[:, t : t + 1].to(device=self.values.device, dtype=self.values.dtype)

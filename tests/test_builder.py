@@ -17,7 +17,7 @@ from tests import files, interrupts, tiny
 from twin_merging_hf import TwinMergingError, builder, modeling
 from twin_merging_hf.artifact import check_artifact
 from twin_merging_hf.builder import Progress, build_artifact, plan_build
-from twin_merging_hf.modeling import deltas_twin_merging as deltas
+from twin_merging_hf.modeling.matrices_twin_merging import MatrixForward
 from twin_merging_hf.recipe import load_recipe
 
 
@@ -184,8 +184,8 @@ def test_a_failed_build_takes_the_folders_it_made_along(inputs, tmp_path, monkey
 
 def test_a_rule_that_does_not_fit_fails_the_build(inputs, tmp_path, monkeypatch):
     """The probe: were the deltas of biases applied wrongly, no artifact would appear."""
-    real = deltas._bias_term
-    monkeypatch.setitem(deltas._TERMS, "bias", lambda *args: 1.05 * real(*args))
+    real = MatrixForward._row_bias
+    monkeypatch.setattr(MatrixForward, "_row_bias", lambda self, call: 1.05 * real(self, call))
     recipe = tiny.write_recipe(inputs, ("a", "b"))
     with pytest.raises(TwinMergingError, match="does not compute what it should"):
         build(recipe, tmp_path / "out")

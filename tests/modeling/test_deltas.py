@@ -14,9 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from tests import tiny
 from tests.modeling.dense import assert_close, columns, dense_logits, row
+from twin_merging_hf.modeling.call_twin_merging import CallWeights
 from twin_merging_hf.modeling.deltas_twin_merging import attach_deltas, rows_like
 from twin_merging_hf.modeling.factors_twin_merging import pack_nibbles, unpack_nibbles
-from twin_merging_hf.modeling.mix_twin_merging import CallWeights, ExpertMix
+from twin_merging_hf.modeling.mix_twin_merging import ExpertMix
 
 
 WEIGHTS = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.2, 0.3, 0.4], [0.0, 0.0, 1.0]])
@@ -224,8 +225,8 @@ def test_rows_like_shapes_values_for_every_kind_of_input():
     assert torch.equal(rows_like(values, torch.zeros(1, 7, 3)), values[:, None, :])
     assert torch.equal(rows_like(values, torch.zeros(8, 3)), values.repeat_interleave(2, dim=0))
     assert torch.equal(rows_like(values, torch.zeros(4, 3, 5, 5), feature_dims=3), values)
-    one = values[:1]
-    assert torch.equal(rows_like(one, torch.zeros(6, 3)), one.expand(6, -1))
+    one = values[:1]  # for all rows
+    assert torch.equal(rows_like(one, torch.zeros(6, 3)), one)
     with pytest.raises(ValueError, match="5 rows where the batch has 4"):
         rows_like(values, torch.zeros(5, 3))
 
@@ -407,10 +408,14 @@ def test_half_precision_neither_overflows_nor_vanishes(storage):
 @pytest.mark.parametrize("storage", STORAGES)
 def test_every_storage_compiles(storage):
     hooked, x = Hooked(nn.Linear(6, 5), storage=storage), draw(BATCH, 3, 6)
-    delta, call = hooked.deltas["weight"], CallWeights(WEIGHTS)
+    expected = hooked.mixed(x)
+
+    def call(x):
+        with hooked.mix.applied(CallWeights(WEIGHTS)):
+            return hooked.module(x)
+
     with torch.no_grad():
-        compiled = torch.compile(delta, backend="eager", fullgraph=True)(x, call)
-        assert_close(compiled, delta(x, call))
+        assert_close(torch.compile(call, backend="eager", fullgraph=True)(x), expected)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
