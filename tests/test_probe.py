@@ -58,6 +58,10 @@ def break_rule(monkeypatch, rule: str, factor: float) -> None:
         term = deltas._TERMS[rule]
         monkeypatch.setitem(deltas._TERMS, rule, lambda *args: factor * term(*args))
         return
+    if rule == "table":
+        tables = deltas.tables
+        monkeypatch.setattr(deltas, "tables", lambda *args: factor * tables(*args))
+        return
     owner, method = {
         "linear": (deltas.MatrixForward, "_factored"),
         "linear bias": (deltas.MatrixForward, "_row_bias"),
