@@ -5,6 +5,7 @@ Caches, masks, positions and decoding are Transformers' own: `generate` is its `
 more tensor of the model's inputs, which it repeats for beams and return sequences like the others.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,8 +56,11 @@ class LanguageModelMixin:
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """Whether the shared model's loss takes `num_items_in_batch` (Trainer asks)."""
-        return "num_items_in_batch" in self._accepted or hasattr(self.shared, "loss_function")
+        """
+        Whether the shared model's loss heeds `num_items_in_batch` (Trainer asks): those that leave it to Transformers' common
+        losses do, those that compute a plain cross-entropy do not.
+        """
+        return "loss_function" in inspect.unwrap(type(self.shared).forward).__code__.co_names
 
     def _write(self, named: dict, kwargs: dict, experts, expert_weights) -> Any:
         """One forward of the shared model with the row's weights; `named` holds its inputs, None where not given."""
@@ -92,22 +96,21 @@ class LanguageModelMixin:
         """Refuse to route on what is no prompt."""
         if self.mix.current_forced() is not None:
             return
-        cache = next((named[name] for name in CACHES if named.get(name) is not None), None)
-        if cache is not None and _tokens_in(cache) > 0:
-            raise ValueError(
-                "a forward that goes on from a cache cannot route: the prompt is not among its inputs. Give the weights of "
-                "the forward that filled the cache (`expert_weights=output.expert_weights`), or `experts`"
-            )
+        _check_not_filled(named)
         if named.get("input_ids") is None and named.get("inputs_embeds") is None:
             raise ValueError(
                 "routing needs the prompt (`input_ids` or `inputs_embeds`); give it, or `expert_weights` or `experts`"
             )
 
 
-def _tokens_in(cache) -> int:
-    """How many tokens a cache holds; 0 for one that was made and not filled yet."""
-    count = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 1
-    return int(count)
+def _check_not_filled(inputs: dict) -> None:
+    """Refuse to choose a mixture anew for a cache that holds another's states; one that was only made may be filled."""
+    cache = next((inputs[name] for name in CACHES if inputs.get(name) is not None), None)
+    if cache is not None and (not hasattr(cache, "get_seq_length") or int(cache.get_seq_length()) > 0):
+        raise ValueError(
+            "this cache holds the states of the mixture that filled it, so no other can be chosen for it. Give the weights "
+            "of that call (`expert_weights=output.expert_weights`, or the same `experts`), or start again without the cache"
+        )
 
 
 class MaskedLMMixin(LanguageModelMixin):
@@ -181,13 +184,15 @@ class GenerationLMMixin(LanguageModelMixin):
             one row for each prompt, to be given to the next turn of a conversation.
 
         Raises:
-            ValueError: unknown expert, wrong shape of weights, `experts="all"`, or no prompt to route on.
+            ValueError: unknown expert, wrong shape of weights, `experts="all"`, no prompt to route on, or a filled cache
+                without the choice that filled it.
         """
         if isinstance(experts, str) and experts == ALL:
             raise ValueError(
                 "`generate` writes one answer for a row; for every expert's answer repeat the prompts and name the experts "
                 '(`experts=["a", "b", ...]`)'
             )
+        kwargs = self._with_cache(kwargs)
         weights = self._weights_of_prompt(inputs, kwargs, experts, expert_weights)
         settings = kwargs.get("generation_config") or self.generation_config
         with self.generating(kwargs.get("max_new_tokens", settings.max_new_tokens)):
@@ -197,6 +202,8 @@ class GenerationLMMixin(LanguageModelMixin):
         return output
 
     def _weights_of_prompt(self, inputs, kwargs: dict, experts, expert_weights) -> torch.Tensor:
+        if experts is None and expert_weights is None and self.mix.current_forced() is None:
+            _check_not_filled(kwargs)
         prompt = {name: kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None}
         if inputs is not None:
             prompt[self.main_input_name] = inputs
@@ -286,6 +293,10 @@ class Seq2SeqLMMixin(GenerationLMMixin):
 
     def get_decoder(self, *args, **kwargs):
         return self.shared.get_decoder(*args, **kwargs)
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """As the shared model does (data collators ask for it)."""
+        return self.shared.prepare_decoder_input_ids_from_labels(labels)
 
     def forward(
         self,

@@ -550,6 +550,12 @@ class TwinMergingModel(TwinMergingPreTrainedModel):
         named = dict(zip(_INPUT_NAMES, (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
                                         pixel_values), strict=True))  # fmt: skip
 
+        if self.config.is_encoder_decoder:
+            raise ValueError(
+                f"a {self.config.shared_class} has no one backbone whose states could be given; load this artifact with "
+                f"`{find_shared_class(self.config.shared_class)[1]}` and ask it for `output_hidden_states`"
+            )
+
         def answer(inputs, weights):
             inputs = {name: value for name, value in inputs.items() if name in self._body_accepts | _CALL_KWARGS}
             output = self._run(self.shared.base_model, inputs, weights)

@@ -1,11 +1,12 @@
 """The shared task model: one of Transformers' own classes, with all experts' heads in the place of its head."""
 
 import copy
+import inspect
 
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from .configuration_twin_merging import TwinMergingConfig
@@ -43,9 +44,30 @@ def find_shared_class(name: str) -> tuple[type[PreTrainedModel], str]:
     )
 
 
+_OTHER_INPUTS = ("pixel_values", "pixel_values_videos", "input_features", "input_values")
+
+
+def refuse_language_model(shared_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
+    """
+    Raise `ValueError`, with the reason, for language models whose rows cannot each have their own mixture: recurrent ones,
+    those that read more than text, and those that are made of several models.
+    """
+    name, inputs = shared_class.__name__, inspect.signature(shared_class.forward).parameters
+    others = [key for key in _OTHER_INPUTS if key in inputs]
+    if others or shared_class.main_input_name != "input_ids":
+        raise ValueError(f"{name} reads more than text ({', '.join(others) or shared_class.main_input_name})")
+    if config.sub_configs:
+        raise ValueError(f"{name} is made of several models ({', '.join(config.sub_configs)})")
+    keeps_cache = getattr(shared_class, "_supports_default_dynamic_cache", lambda: True)()
+    if getattr(shared_class, "_is_stateful", False) or not keeps_cache:
+        raise ValueError(f"{name} keeps a recurrent state in the place of a key-value cache")
+
+
 def build_shared(config: TwinMergingConfig) -> PreTrainedModel:
     """Make the shared task model with `ExpertHeads` in the place of its head modules."""
-    shared_class, _ = find_shared_class(config.shared_class)
+    shared_class, auto_class = find_shared_class(config.shared_class)
+    if auto_class in LANGUAGE_MODELS:
+        refuse_language_model(shared_class, config.shared_config)
     shared = shared_class(copy.deepcopy(config.shared_config))
     heads: dict[str, list] = {name: [] for name in config.head_modules}
     device, dtype = torch.get_default_device(), torch.get_default_dtype()

@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import transformers
 from transformers import AutoTokenizer, GenerationConfig
 
 from tests import tiny
-from tests.modeling.language import NAMES, LanguageWorld
+from tests.modeling.language import GREEDY, NAMES, LanguageWorld, prompts
+from twin_merging_hf import modeling
 from twin_merging_hf.artifact import check_artifact, inspect_artifact
 from twin_merging_hf.builder import build_artifact, plan_build
+from twin_merging_hf.editing import Newcomer, add_expert, remove_expert
 from twin_merging_hf.errors import TwinMergingError
 from twin_merging_hf.evaluate_artifact import evaluate_artifact
 from twin_merging_hf.progress import Progress
@@ -112,3 +115,69 @@ def test_a_malformed_row_is_named(language, row, says, tmp_path):
     recipe = tiny.write_recipe(folder, NAMES, file="bad.yaml", experts=data)
     with pytest.raises(TwinMergingError, match=says):
         plan_build(recipe, folder / "bad")
+
+
+def test_messages_train_the_router_through_the_chat_template_which_the_artifact_keeps(tmp_path):
+    folder = tiny.make_experts("llama-lm", tmp_path, {"a": (), "b": ()}, rows=0)
+    for index, name in enumerate(("a", "b")):
+        tokenizer = AutoTokenizer.from_pretrained(folder / name)
+        tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+        tokenizer.save_pretrained(folder / name)
+        words = tiny.WORDS[index * 22 : index * 22 + 20]
+        rows = [
+            {"messages": [{"role": "user", "content": f"{word} {words[0]}"}, {"role": "assistant", "content": word}]}
+            for word in words
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = tiny.write_recipe(folder, ["a", "b"], exclusive={"rank": tiny.FULL_RANK}, router="lexical")
+    result = build_artifact(recipe, folder / "artifact", Progress(quiet=True))
+    assert result.verdict.given == {"a": 1.0, "b": 1.0} and check_artifact(folder / "artifact") == []
+    kept = AutoTokenizer.from_pretrained(folder / "artifact").chat_template
+    assert kept == AutoTokenizer.from_pretrained(folder / "a").chat_template
+
+
+def test_messages_without_a_chat_template_are_refused(tmp_path):
+    folder = tiny.make_experts("llama-lm", tmp_path, {"a": (), "b": ()}, rows=0)
+    row = {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}
+    for name in ("a", "b"):
+        rows = [{"messages": [{"role": "user", "content": f"w{i}"}, row["messages"][1]]} for i in range(9)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = tiny.write_recipe(folder, ["a", "b"], exclusive={"rank": 2})
+    with pytest.raises(TwinMergingError, match="no chat template"):
+        build_artifact(recipe, folder / "artifact", Progress(quiet=True))
+    assert not (folder / "artifact").exists()
+
+
+def test_experts_that_untie_their_embeddings_do_not_fit_those_that_tie_them(tmp_path):
+    tied = tiny.make_experts("llama-lm", tmp_path, {"a": ()}, rows=0, tie_word_embeddings=True)
+    untied = tiny.make_experts("llama-lm", tmp_path / "untied", {"b": ()}, rows=0, tie_word_embeddings=False)
+    experts = {"b": {"model": str(untied / "b")}}
+    recipe = tiny.write_recipe(tied, ["a", "b"], data=False, experts=experts)
+    with pytest.raises(TwinMergingError, match="tie_word_embeddings"):
+        plan_build(recipe, tied / "artifact")
+
+
+def test_fused_experts_are_refused_by_name(tmp_path):
+    config = transformers.MixtralConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=2, vocab_size=tiny.VOCABULARY,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "a")
+    recipe = tiny.write_recipe(tmp_path, ["a"], data=False, base_model=None)
+    with pytest.raises(TwinMergingError, match=r"many experts of its own \(model.layers.0.mlp.experts"):
+        plan_build(recipe, tmp_path / "artifact")
+
+
+def test_experts_join_and_leave_a_finished_language_artifact(language, tmp_path):
+    folder, experts = language.artifact("llama-lm"), language.experts("llama-lm")
+    left = remove_expert(folder, "b", tmp_path / "left", progress=Progress(quiet=True)).folder
+    assert check_artifact(left) == []
+    newcomer = Newcomer("b", str(experts / "b"))
+    recipe = experts / "artifact.yaml"
+    joined = add_expert(left, tmp_path / "joined", newcomer, recipe, Progress(quiet=True)).folder
+    assert check_artifact(joined) == []
+    model = modeling.TwinMergingForCausalLM.from_pretrained(joined).eval()
+    assert model.expert_names == ["a", "c", "d", "b"]
+    inputs = prompts()
+    written = model.generate(**inputs, experts=["a", "b", "c", "d"], **GREEDY)
+    assert written.tolist() == language.model("llama-lm").generate(**inputs, experts=NAMES, **GREEDY).tolist()

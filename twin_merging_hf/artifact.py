@@ -18,6 +18,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from twin_merging_hf import modeling
 from twin_merging_hf.modeling import TwinMergingConfig
 from twin_merging_hf.modeling.deltas_twin_merging import delta_key
+from twin_merging_hf.modeling.heads_twin_merging import LabelSpace
 from twin_merging_hf.modeling.modeling_twin_merging import AUTO_MAP
 from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
 
@@ -363,6 +364,17 @@ _PIPELINES = {
     "AutoModelForSeq2SeqLM": None,  # Transformers has none any more
     "AutoModelForMaskedLM": "fill-mask",
 }
+
+
+def label_fields(space: LabelSpace) -> dict[str, Any]:
+    """Config fields that say what the outputs' columns mean; none for language models."""
+    if space.kind == "language":
+        return {}
+    return {
+        "id2label": dict(enumerate(space.labels)),
+        "label2id": {label: i for i, label in enumerate(space.labels)},
+        "problem_type": "regression" if space.kind == "value" else "single_label_classification",
+    }
 
 
 def factor_keys(name: str) -> tuple[str, str]:

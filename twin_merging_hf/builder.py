@@ -17,7 +17,7 @@ from twin_merging_hf.modeling.modeling_twin_merging import AUTO_MAP
 from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
 
 from ._version import __version__
-from .artifact import LAYOUT, Storage, check_files, refuse_existing, staged, storage, write_json
+from .artifact import LAYOUT, Storage, check_files, label_fields, refuse_existing, staged, storage, write_json
 from .build_router import make_router, router_type
 from .calibration import calibrate, calibration_rows
 from .checkpoints import Checkpoint, commit_of, generation_settings, settings_fingerprint
@@ -161,7 +161,8 @@ def _assemble(separation: Separation, inputs: Inputs, routing: dict[str, Any]) -
         exact_deltas=separation.exact,
         sparse_deltas=separation.sparse,
         factor_dtype=factor_dtype(inputs),
-        **_label_fields(inputs),
+        is_encoder_decoder=space.kind == "language" and shared_config.is_encoder_decoder,
+        **label_fields(space),
         provenance=_provenance(inputs),
         dtype=dtype,
         **routing,
@@ -177,18 +178,6 @@ def _assemble(separation: Separation, inputs: Inputs, routing: dict[str, Any]) -
     if model.can_generate():
         model.generation_config = generation_settings(first)
     return model.eval()
-
-
-def _label_fields(inputs: Inputs) -> dict[str, Any]:
-    """Config fields that say what the outputs mean."""
-    space = inputs.label_space
-    if space.kind == "language":
-        return {"is_encoder_decoder": inputs.experts[0].config.is_encoder_decoder}
-    return {
-        "id2label": dict(enumerate(space.labels)),
-        "label2id": {label: i for i, label in enumerate(space.labels)},
-        "problem_type": "regression" if space.kind == "value" else "single_label_classification",
-    }
 
 
 def _save(model: Any, folder: Path, inputs: Inputs) -> None:

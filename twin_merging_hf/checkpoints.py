@@ -17,7 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from twin_merging_hf.modeling.shared_twin_merging import LANGUAGE_MODELS, find_shared_class
+from twin_merging_hf.modeling.shared_twin_merging import LANGUAGE_MODELS, find_shared_class, refuse_language_model
 
 from .errors import TwinMergingError
 
@@ -243,6 +243,7 @@ def open_checkpoint(source: str, folder: Path, role: str, like: Checkpoint | Non
         config = _with_labels(config, like.config)
     else:
         task_class = _task_class(config, role)
+    _refuse(task_class, config, role)
     try:
         with torch.device("meta"):
             skeleton = task_class(config)
@@ -250,6 +251,7 @@ def open_checkpoint(source: str, folder: Path, role: str, like: Checkpoint | Non
         raise TwinMergingError(
             f"{role}: {path / 'config.json'} describes no {task_class.__name__}: {error!r}"
         ) from error
+    _refuse_fused_experts(skeleton, role)
     files = _weight_files(path, role)
     places, missing, extra, ignored, copies = _locate(skeleton, files, role)
     absent: list[str] = []
@@ -297,6 +299,27 @@ def _task_class(config: PreTrainedConfig, role: str) -> type[PreTrainedModel]:
             "image classification or for language modeling (load it with its Auto class, such as "
             "AutoModelForSequenceClassification or AutoModelForCausalLM, and save it again)"
         ) from error
+
+
+def _refuse(task_class: type[PreTrainedModel], config: PreTrainedConfig, role: str) -> None:
+    if find_shared_class(task_class.__name__)[1] not in LANGUAGE_MODELS:
+        return
+    try:
+        refuse_language_model(task_class, config)
+    except ValueError as error:
+        raise TwinMergingError(
+            f"{role}: {error}; its rows cannot each have a mixture of their own. Not supported"
+        ) from error
+
+
+def _refuse_fused_experts(skeleton: PreTrainedModel, role: str) -> None:
+    """Weights of a mixture-of-experts layer are one parameter [expert, ...], which tokens, not rows, are sent through."""
+    fused = [name for name, value in skeleton.named_parameters() if ".experts." in name and value.dim() > 2]
+    if fused:
+        raise TwinMergingError(
+            f"{role}: {type(skeleton).__name__} has layers of many experts of its own ({fused[0]}, and {len(fused) - 1} more), "
+            "which no rule can change per row. Not supported"
+        )
 
 
 def _with_labels(config: PreTrainedConfig, other: PreTrainedConfig) -> PreTrainedConfig:

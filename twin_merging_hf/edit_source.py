@@ -96,7 +96,10 @@ def open_source(folder: Path) -> Source:
     config = read_config(folder)
     report = _read_report(folder)
     model = _load(folder, config)
-    state = {key: value for key, value in model.state_dict().items() if not key.startswith("router.")}
+    tied = set(model.all_tied_weights_keys)
+    state = {
+        key: value for key, value in model.state_dict().items() if not key.startswith("router.") and key not in tied
+    }
     stack = Stack(
         config.experts,
         config.head_modules,
@@ -137,7 +140,10 @@ def assemble(source: Source, stack: Stack, config: TwinMergingConfig) -> Any:
     """A model of the new config with the stack's tensors as they are, type included; its router is still to be filled."""
     model = type(source.model)(config)
     missing, unexpected = model.load_state_dict(stack.state, strict=False, assign=True)
-    missing = [name for name in missing if not name.startswith("router.")]
+    missing = [name for name in missing if not name.startswith("router.") and name not in model.all_tied_weights_keys]
     if missing or unexpected:
         raise RuntimeError(f"editing: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    model.tie_weights()
+    if model.can_generate():
+        model.generation_config = source.model.generation_config
     return model.eval()

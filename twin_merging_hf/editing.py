@@ -14,7 +14,7 @@ from twin_merging_hf.modeling import TwinMergingConfig
 from twin_merging_hf.modeling.configuration_twin_merging import check_expert_names
 from twin_merging_hf.modeling.heads_twin_merging import LabelSpace
 
-from .artifact import LAYOUT, refuse_existing, staged
+from .artifact import LAYOUT, label_fields, refuse_existing, staged
 from .drift import Drift, measure_drift
 from .edit_folder import Edited, write_edited
 from .edit_newcomer import as_built, check_labels, separate_newcomer
@@ -271,9 +271,7 @@ class _Edit:
             "ranks": stack.ranks,
             "exact_deltas": stack.exact,
             "sparse_deltas": stack.sparse,
-            "id2label": dict(enumerate(space.labels)),
-            "label2id": {label: i for i, label in enumerate(space.labels)},
-            "problem_type": "regression" if space.kind == "value" else "single_label_classification",
+            **label_fields(space),
             **routing,
         }
         fields.pop("num_labels", None)
