@@ -40,6 +40,7 @@ from .mix_twin_merging import ALL, CheckpointWithWeights, ExpertMix
 from .norms_twin_merging import NormForward  # noqa: F401 - likewise
 from .padding_twin_merging import TOKEN_INPUTS, align_left, restore_order
 from .plans_twin_merging import PlansMixin
+from .report_twin_merging import PlanReport  # noqa: F401 - likewise
 from .routing_twin_merging import (
     LexicalRouter,
     NeighbourRouter,

@@ -13,6 +13,8 @@ from .call_twin_merging import Budget, CallWeights
 from .costs_twin_merging import Costs, Sizes, constants_for, measure_constants
 from .matrices_twin_merging import MatrixForward
 from .mix_twin_merging import Scoped
+from .report_twin_merging import measure as measured_ratio
+from .report_twin_merging import new_report
 from .selection_twin_merging import PLANS, Batch, Decision, Limits, decide
 from .sparse_twin_merging import SparseDelta
 
@@ -65,6 +67,10 @@ class PlansMixin:
     deltas: Any
     config: Any
     _main_input: Any
+    _align: Any
+    _call_inputs: Any
+    _resolve_weights: Any
+    _run: Any
 
     def _start_plans(self) -> None:
         self._plan_choice = PlanChoice()
@@ -123,6 +129,40 @@ class PlansMixin:
             return
         with self._generation.set(Generation(max_new_tokens, Budget(self._budget(self._choice())))):
             yield self
+
+    @torch.no_grad()
+    def explain(self, *, experts=None, expert_weights: torch.Tensor | None = None, measure: bool = False, **inputs):
+        """
+        How a call with these arguments would be computed, and why.
+
+        Args:
+            experts, expert_weights, inputs: as in a call; none of the first two: the router decides.
+            measure: also time the chosen plan against the base forward (a few runs of each).
+
+        Returns:
+            A `PlanReport`, to be printed or read.
+
+        Raises:
+            ValueError: as a call.
+        """
+        inputs, _ = self._align(self._call_inputs(inputs, {}))
+        weights = self._resolve_weights(inputs, experts, expert_weights)
+        choice, generation = self._choice(), self._generation.get()
+        decision, _ = self._decide(inputs, weights, choice, generation)
+        costs = self._costs(decision.batch.rows, decision.batch.width)
+        limits = Limits(choice.plan, self._budget(choice, generation), self._unusable(choice))
+        ratio = None
+        if measure:
+            run, base = (
+                lambda: self._run(self.shared, dict(inputs), weights),
+                lambda: self._run(self.shared, dict(inputs), torch.zeros_like(weights)),
+            )
+            ratio = measured_ratio(run, base, self._weight().device)
+        sizes = {
+            "shared": sum(parameter.nbytes for parameter in self.shared.parameters()),
+            "factors": sum(t.nbytes for t in (*self.deltas.parameters(), *self.deltas.buffers())),
+        }
+        return new_report(decision, costs, limits, self.config.expert_names, sizes, ratio)
 
     # ---- one forward ------------------------------------------------------------------------------------------
 
