@@ -129,6 +129,11 @@ def _routing(config: TwinMergingConfig, report: dict) -> str:
     where = "the shared model's last state" if config.router_pass == "full" else f"{where} of the shared model"
     tokens = " and the row's tokens" if config.router_type == "lexical" else ""
     text = f"A `{config.router_type}` router reads {where}{tokens}, once for each row."
+    if config.router_pass == "late":
+        text += (
+            f" It does so in the answer's own pass: experts act from layer {config.router_layer} on, and what they learned "
+            "below it is left out (`report.json` says how much)."
+        )
     if config.router_none_distance is not None:
         text += " Rows unlike every expert's go to the shared model."
     router = report["router"]

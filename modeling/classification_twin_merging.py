@@ -81,7 +81,7 @@ class ClassificationMixin:
 
         def answer(inputs, weights):
             inputs = {name: value for name, value in inputs.items() if name != "num_items_in_batch"}
-            output = self._run(self.shared, inputs, weights)
+            output, weights = self._run(self.shared, inputs, weights)
             logits, expert_logits = self.label_space.compose(output.logits, weights)
             return self._output_class(
                 logits=logits,

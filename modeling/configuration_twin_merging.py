@@ -12,7 +12,7 @@ from .tags_twin_merging import TOKEN_CLASSES
 
 FORMAT_VERSION = 1
 ROUTER_TYPES = ("linear", "mlp", "centroid", "lexical", "knn", "projection")
-ROUTER_PASSES = ("prefix", "full")
+ROUTER_PASSES = ("prefix", "full", "late")
 EXPERT_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 RESERVED_EXPERT_NAMES = ("all", "none", "__shared__", "__base__")
 FACTOR_DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
@@ -60,8 +60,9 @@ class TwinMergingConfig(PreTrainedConfig):
         sparse_deltas (`dict[str, list[int]]`):
             Instead of factors, for ablations: for each parameter, the number of stored entries of each expert's delta.
         router_type, router_pass, router_layer, router_temperature, router_top_k:
-            `linear`, `mlp`, `centroid`, `lexical`, `knn` or `projection`; `full` (whole shared pass) or `prefix` (the
-            state before layer `router_layer`); weights are `softmax(logits / router_temperature)`, the largest
+            `linear`, `mlp`, `centroid`, `lexical`, `knn` or `projection`; `full` (whole shared pass), `prefix` (the
+            state before layer `router_layer`) or `late` (the same state, in the answer's own pass: no delta acts below
+            that layer); weights are `softmax(logits / router_temperature)`, the largest
             `router_top_k` kept.
         router_layers (`list[int]`):
             Layers whose inputs the router reads besides the one that its pass ends with, in ascending order.
@@ -237,8 +238,9 @@ class TwinMergingConfig(PreTrainedConfig):
             raise ValueError(f"`router_type` must be one of {', '.join(ROUTER_TYPES)}, got {self.router_type!r}")
         if self.router_pass not in ROUTER_PASSES:
             raise ValueError(f"`router_pass` must be one of {', '.join(ROUTER_PASSES)}, got {self.router_pass!r}")
-        if self.router_pass == "prefix" and not isinstance(self.router_layer, int) and not self.router_site:
-            raise ValueError("`router_pass='prefix'` needs `router_layer` (the number of layers to run)")
+        needs_layer = self.router_pass == "late" or (self.router_pass == "prefix" and not self.router_site)
+        if needs_layer and not isinstance(self.router_layer, int):
+            raise ValueError(f"`router_pass={self.router_pass!r}` needs `router_layer` (the number of layers to run)")
         layers = self.state_layers
         if layers != sorted(set(layers)) or not all(isinstance(layer, int) for layer in layers):
             raise ValueError(f"`router_layers` and `router_layer` must ascend, got {layers!r}")

@@ -13,6 +13,7 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, MaskedLMOutput, Seq2SeqLMOutput
 
 from .mix_twin_merging import ALL, ExpertMix
+from .padding_twin_merging import align_left
 
 
 CACHES = ("cache", "past_key_values")
@@ -72,7 +73,7 @@ class LanguageModelMixin:
             self._check_routable(named)
 
         def answer(inputs, weights):
-            output = self._run(self.shared, inputs, weights)
+            output, weights = self._run(self.shared, inputs, weights)
             return self._output_class(**output, expert_weights=weights)
 
         return self._answer(named, kwargs, experts, expert_weights, answer)
@@ -156,6 +157,10 @@ class GenerationLMMixin(LanguageModelMixin):
     main_input_name: str
     generating: Any
     _planned: Any
+
+    def _routes_in_the_answer_s_pass(self, inputs: dict) -> bool:
+        # Routing reads rows as if padded on the right, which this pass does not.
+        return super()._routes_in_the_answer_s_pass(inputs) and align_left(inputs)[1] is None  # type: ignore[misc]
 
     def _align(self, inputs: dict) -> tuple[dict, None]:
         # Padding stays where it is: what a cache and its masks hold has an order, and stock models expect it so.

@@ -57,6 +57,12 @@ class Scoped:
             _VALUES.reset(token)
             self.latest = before
 
+    def replace(self, value: Any) -> None:
+        """Let another value hold from here to the end of the innermost block, which takes it away again."""
+        self.latest = value
+        if not torch.compiler.is_compiling():
+            _VALUES.set({**_VALUES.get(), id(self): value})
+
 
 class ExpertMix:
     """
@@ -80,6 +86,10 @@ class ExpertMix:
     def applied(self, call: CallWeights | None):
         """Let `call` act (None: experts off) until the block ends."""
         return self._active.set(call)
+
+    def go_on_with(self, call: CallWeights | None) -> None:
+        """Let `call` act from here to the end of the block of `applied`."""
+        self._active.replace(call)
 
     def force(self, choice):
         """Make `choice` the answer of `current_forced` until the block ends."""

@@ -35,6 +35,7 @@ from .generation_twin_merging import (
     TwinMergingSeq2SeqLMOutput,
 )
 from .heads_twin_merging import LabelSpace
+from .late_twin_merging import LateMixin
 from .matrices_twin_merging import MatrixForward  # noqa: F401 - likewise
 from .mix_twin_merging import ALL, CheckpointWithWeights, ExpertMix
 from .norms_twin_merging import NormForward  # noqa: F401 - likewise
@@ -92,7 +93,7 @@ class TwinMergingModelOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-class TwinMergingPreTrainedModel(PlansMixin, PreTrainedModel):
+class TwinMergingPreTrainedModel(LateMixin, PlansMixin, PreTrainedModel):
     """What all Twin-Merging models share: the shared task model, the deltas, the router, and how weights are chosen."""
 
     config_class = TwinMergingConfig
@@ -156,7 +157,7 @@ class TwinMergingPreTrainedModel(PlansMixin, PreTrainedModel):
                         f"`router_layer` is {layer}, but {config.layers_path} has layers 0 to {len(layers) - 1}"
                     )
             sites = [layers[layer] for layer in config.state_layers]
-        stops = config.router_pass == "prefix" or bool(config.router_site)
+        stops = config.router_pass in ("prefix", "late") or bool(config.router_site)
         reader = StateReader(stops)
         for site in sites:
             site.register_forward_pre_hook(StateTap(reader, ends=stops and site is sites[-1]), with_kwargs=True)
@@ -270,23 +271,29 @@ class TwinMergingPreTrainedModel(PlansMixin, PreTrainedModel):
     def routing_features(self, **inputs) -> torch.Tensor:
         """What the router scores: [batch, feature], float32 (masked mean of the routing states; shares for `projection`; sums
         over tokens behind the mean for `lexical`)."""
-        router: Any = self.router
         inputs, _ = align_left(inputs)
-        hidden, mask = self._routing_hidden(inputs), inputs.get("attention_mask")
+        return self._features_of(self._routing_hidden(inputs), inputs)
+
+    def _features_of(self, states: torch.Tensor, inputs: dict) -> torch.Tensor:
+        router: Any = self.router
+        mask = inputs.get("attention_mask")
         if isinstance(router, LexicalRouter):
-            return router.features(hidden, mask, inputs.get("input_ids"))
-        return router.features(hidden, mask)
+            return router.features(states, mask, inputs.get("input_ids"))
+        return router.features(states, mask)
 
     def _routing_hidden(self, inputs: dict) -> torch.Tensor:
+        self._check_mask(inputs)
+        body_inputs = {name: value for name, value in inputs.items() if name in self._body_accepts}
+        # Never with gradients: activation checkpointing would replay this pass with the answer's weights.
+        with torch.no_grad(), self.mix.applied(None):
+            return self._reader.read(lambda: self._routing_body()(**body_inputs))
+
+    def _check_mask(self, inputs: dict) -> None:
         mask = inputs.get("attention_mask")
         if mask is not None and mask.dim() != 2:
             raise ValueError(
                 f"routing needs an attention_mask [batch, token], got {list(mask.shape)}; or give `experts`"
             )
-        body_inputs = {name: value for name, value in inputs.items() if name in self._body_accepts}
-        # Never with gradients: activation checkpointing would replay this pass with the answer's weights.
-        with torch.no_grad(), self.mix.applied(None):
-            return self._reader.read(lambda: self._routing_body()(**body_inputs))
 
     def _routing_body(self) -> nn.Module:
         """What a routing pass runs: the shared backbone, of an encoder-decoder its encoder."""
@@ -302,8 +309,13 @@ class TwinMergingPreTrainedModel(PlansMixin, PreTrainedModel):
 
         Each row sums to 1, or to 0 where the `none` route takes it: the shared model answers.
         """
+        inputs, _ = align_left(inputs)
+        return self._weights_of(self._routing_hidden(inputs), inputs)
+
+    def _weights_of(self, states: torch.Tensor, inputs: dict) -> torch.Tensor:
+        """Expert weights [batch, expert] of rows with these routing states [batch, token, width]."""
         config, router = self.config, self.router
-        features = self.routing_features(**inputs)
+        features = self._features_of(states, inputs)
         logits = router.score(features)  # type: ignore[operator]
         weights = weights_from_logits(logits, config.router_temperature, config.router_top_k)
         if config.router_none_distance is not None:
@@ -333,6 +345,11 @@ class TwinMergingPreTrainedModel(PlansMixin, PreTrainedModel):
 
     def _resolve_weights(self, inputs: dict, experts, expert_weights) -> torch.Tensor:
         """Expert weights [batch, expert] of a call: given, chosen by `use_experts`, or routed."""
+        weights = self._weights_given(inputs, experts, expert_weights)
+        return self.route(**inputs) if weights is None else weights
+
+    def _weights_given(self, inputs: dict, experts, expert_weights) -> torch.Tensor | None:
+        """Expert weights [batch, expert] of a call: given, or chosen by `use_experts`; None: to be routed."""
         if experts is not None and expert_weights is not None:
             raise ValueError("give either `experts` or `expert_weights`, not both")
         main = self._main_input(inputs)
@@ -344,7 +361,7 @@ class TwinMergingPreTrainedModel(PlansMixin, PreTrainedModel):
         given = expert_weights is not None
         weights = self._checked_weights(expert_weights) if given else self.mix.current_forced()
         if weights is None:
-            return self.route(**inputs)
+            return None
         if weights.shape[0] not in (1, batch):
             raise ValueError(f"got expert weights for {weights.shape[0]} rows, but the batch has {batch}")
         return weights.to(device).expand(batch, -1)
@@ -366,9 +383,12 @@ class TwinMergingPreTrainedModel(PlansMixin, PreTrainedModel):
         }
         return repeated, torch.eye(count).repeat(batch, 1)
 
-    def _run(self, module: nn.Module, inputs: dict, weights: torch.Tensor):
+    def _run(self, module: nn.Module, inputs: dict, weights: torch.Tensor | None) -> tuple[Any, torch.Tensor]:
+        """The module's output and the weights [batch, expert] that acted; None: the router decides on the way."""
+        if weights is None:
+            return self._run_late(module, inputs)
         with self.mix.applied(self._planned(inputs, weights)):
-            return module(**inputs, return_dict=True)
+            return module(**inputs, return_dict=True), weights
 
     def _answer(self, named: dict, kwargs: dict, experts, expert_weights, answer, finish=lambda output: output):
         """
@@ -388,7 +408,12 @@ class TwinMergingPreTrainedModel(PlansMixin, PreTrainedModel):
             output = finish(restore_order(answer(repeated, weights.to(main.device)), moved, self._per_token))
             output = type(output)(**{k: _split_rows(v, len(self.expert_names)) for k, v in output.items()})
         else:
-            output = answer(inputs, self._resolve_weights(inputs, experts, expert_weights))
+            weights = self._weights_given(inputs, experts, expert_weights)
+            if weights is None and self._routes_in_the_answer_s_pass(inputs):
+                self._check_mask(inputs)
+            elif weights is None:
+                weights = self.route(**inputs)
+            output = answer(inputs, weights)
             output = finish(restore_order(output, moved, self._per_token))
         use_dict = self.config.return_dict if return_dict is None else return_dict
         return output if use_dict else output.to_tuple()
@@ -559,7 +584,7 @@ class TwinMergingModel(TwinMergingPreTrainedModel):
 
         def answer(inputs, weights):
             inputs = {name: value for name, value in inputs.items() if name in self._body_accepts | _CALL_KWARGS}
-            output = self._run(self.shared.base_model, inputs, weights)
+            output, weights = self._run(self.shared.base_model, inputs, weights)
             return TwinMergingModelOutput(
                 last_hidden_state=output.last_hidden_state,
                 pooler_output=output.get("pooler_output"),

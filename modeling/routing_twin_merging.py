@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -239,45 +240,46 @@ class StateReader:
     def __init__(self, stops: bool):
         self.stops = stops
         self.states: list | None = None
+        self.finish: Any = None
 
     def __getstate__(self):
         return {"stops": self.stops}
 
     def __setstate__(self, state):
-        self.stops, self.states = state["stops"], None
+        self.stops, self.states, self.finish = state["stops"], None, None
 
-    def collected(self) -> list | None:
-        """States of the pass that runs now, or None if it is none of this reader's."""
+    def collected(self) -> tuple | None:
+        """States of the pass that runs now and what comes after the last, or None if it is none of this reader's."""
         if torch.compiler.is_compiling():
-            return self.states
+            return None if self.states is None else (self.states, self.finish)
         reading = _READING.get()
-        return reading[1] if reading is not None and reading[0] is self else None
+        return reading[1:] if reading is not None and reading[0] is self else None
 
     @contextmanager
-    def reading(self):
-        """Let the taps collect until the block ends; gives the list of states."""
+    def reading(self, finish: Any = None):
+        """
+        Let the taps collect until the block ends; gives the list of states.
+
+        Args:
+            finish: called with all states side by side as soon as the last is read; None: the pass ends there.
+        """
         states: list = []
-        token = _READING.set((self, states))
-        self.states = states  # for compiled frames within this eager one, where a graph breaks
+        # Attributes for compiled frames, which may lie within this eager one where a graph breaks.
+        self.states, self.finish = states, finish
+        token = None if torch.compiler.is_compiling() else _READING.set((self, states, finish))
         try:
             yield states
         finally:
-            self.states = None
-            _READING.reset(token)
+            self.states = self.finish = None
+            if token is not None:
+                _READING.reset(token)
 
     def read(self, run) -> torch.Tensor:
         """
         Run the shared pass by calling `run` and return the routing states side by side: [batch, token, sum of widths].
         """
-        if torch.compiler.is_compiling():
-            self.states = states = []
-            try:
-                last = self._run(run)
-            finally:
-                self.states = None
-        else:
-            with self.reading() as states:
-                last = self._run(run)
+        with self.reading() as states:
+            last = self._run(run)
         if self.stops and last is not None:
             raise RuntimeError("the shared pass ended before the routing layer was reached")
         return torch.cat([*states, *([last] if last is not None else [])], dim=-1)
@@ -291,15 +293,19 @@ class StateReader:
 
 
 class StateTap:
-    """Forward pre-hook of a module whose input is a routing state; the last of a prefix ends the pass."""
+    """Forward pre-hook of a module whose input is a routing state; the last of a prefix ends the pass, or goes on with it."""
 
     def __init__(self, reader: StateReader, ends: bool):
         self.reader, self.ends = reader, ends
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        states = self.reader.collected()
-        if states is None:
+        reading = self.reader.collected()
+        if reading is None:
             return
+        states, finish = reading
         states.append(args[0] if args else next(iter(kwargs.values())))
-        if self.ends:
+        if not self.ends:
+            return
+        if finish is None:
             raise PrefixReachedError
+        finish(torch.cat(states, dim=-1))

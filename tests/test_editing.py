@@ -108,6 +108,20 @@ def test_adding_keeps_every_byte_of_the_others_and_removing_brings_the_original_
     assert list(configs[0]["ranks"]) == list(configs[1]["ranks"])
 
 
+@pytest.mark.parametrize("router", ["linear", "projection"])
+def test_a_newcomer_to_a_late_artifact_acts_where_the_others_do(world, tmp_path, router):
+    bench = Bench(world.experts("bert"), tmp_path, router={"type": router, "pass": "late", "layer": 2})
+    more = bench.add().folder
+    assert check_artifact(more) == []
+    old, new = (files.read_json(folder / "config.json") for folder in (bench.artifact, more))
+    for key in ("ranks", "exact_deltas"):
+        assert sorted(old[key]) == sorted(new[key]), key
+    assert new["router_pass"] == "late" and new["router_layer"] == 2 and new["router_site"] == old["router_site"]
+    with torch.no_grad():
+        output = load(more)(**tiny.batch("bert", 4))
+    assert output.expert_weights.shape == (4, 3) and torch.isfinite(output.logits).all()
+
+
 def test_the_new_expert_is_its_delta_from_the_stored_shared_model(world, tmp_path):
     """With full rank the new expert answers as its own checkpoint, although the shared model never saw it."""
     bench = Bench(world.experts("bert"), tmp_path, exclusive={"rank": tiny.FULL_RANK})

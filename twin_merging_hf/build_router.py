@@ -47,10 +47,11 @@ def routing_fields(first: Checkpoint, inputs: Inputs, candidate: Candidate | Non
     if candidate is not None:
         kind, layers, router_pass = candidate.type, candidate.layers, candidate.router_pass
     elif kind == "auto":
-        kind, layers, router_pass = "linear", _auto_layers(first, inputs), "full"
+        reads_all = "late" if router_pass == "late" else "full"
+        kind, layers, router_pass = "linear", _auto_layers(first, inputs), reads_all
     elif layers is None:
         layers = (first.layer_count // 2,) if router_pass == "prefix" else ()
-    stops = router_pass == "prefix"
+    stops = router_pass in ("prefix", "late")
     states = len(layers) + (not stops)
     fields: dict[str, Any] = {
         "router_type": kind,
@@ -61,7 +62,7 @@ def routing_fields(first: Checkpoint, inputs: Inputs, candidate: Candidate | Non
         "router_top_k": settings.top_k,
     }
     if kind == "projection":
-        readers = readers_of_layer(first, f"{first.layers_path}.{layers[-1]}")
+        readers = readers_of_layer(first, f"{first.layers_path}.{projected_layer(layers[-1], router_pass)}")
         # In a small model, fewer: a subspace that is everything tells nothing apart.
         size = first.config.hidden_size
         width = min(settings.rank or min(_PROJECTION_RANK, size // 2), size)
@@ -76,6 +77,11 @@ def routing_fields(first: Checkpoint, inputs: Inputs, candidate: Candidate | Non
     if settings.none is not None:
         fields["router_none_distance"] = 1.0  # until it is measured
     return fields
+
+
+def projected_layer(layer: int, router_pass: str) -> int:
+    """The layer inside which `projection` reads: `late` must have read before experts act, which they do from `layer` on."""
+    return layer - 1 if router_pass == "late" else layer
 
 
 def _auto_layers(first: Checkpoint, inputs: Inputs) -> tuple[int, ...]:
@@ -167,7 +173,8 @@ def settle_router(model: Any, data: RouterData, recipe: Recipe) -> RouterReport:
 
 def _fit_projection(model: Any, separation: Separation, inputs: Inputs) -> None:
     config, recipe = model.config, inputs.recipe
-    readers = readers_of_layer(inputs.experts[0], f"{config.layers_path}.{config.router_layer}")
+    layer = projected_layer(config.router_layer, config.router_pass)
+    readers = readers_of_layer(inputs.experts[0], f"{config.layers_path}.{layer}")
     bases = []
     for name, expert in zip(recipe.names, inputs.experts, strict=True):
         seed_text = f"{recipe.seed}:{name}:projection"

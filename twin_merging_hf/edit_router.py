@@ -8,7 +8,15 @@ from torch import nn
 
 from twin_merging_hf.modeling.routing_twin_merging import CentroidRouter, ProjectionRouter
 
-from .build_router import expert_subspace, fit_router, readers_of_layer, router_data, row_centres, settle_router
+from .build_router import (
+    expert_subspace,
+    fit_router,
+    projected_layer,
+    readers_of_layer,
+    router_data,
+    row_centres,
+    settle_router,
+)
 from .checkpoints import Checkpoint, open_checkpoint
 from .edit_source import Source
 from .errors import TwinMergingError
@@ -127,7 +135,8 @@ def put_subspace(old: nn.Module, new: nn.Module, basis: torch.Tensor, position: 
 def new_subspace(config: Any, newcomer: Checkpoint, base: Checkpoint | None, separation: Separation, seed: int):
     """An expert's subspace [rank, hidden] for `projection`, exactly as a build computes it."""
     name = newcomer.role.removeprefix("expert ").strip("'")
-    readers = readers_of_layer(newcomer, f"{config.layers_path}.{config.router_layer}")
+    layer = projected_layer(config.router_layer, config.router_pass)
+    readers = readers_of_layer(newcomer, f"{config.layers_path}.{layer}")
     return expert_subspace(newcomer, readers, base, separation, config.router_rank, f"{seed}:{name}:projection")
 
 

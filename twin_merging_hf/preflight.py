@@ -16,6 +16,7 @@ from twin_merging_hf.modeling.tags_twin_merging import TOKEN_CLASSES
 from .checkpoints import Checkpoint, open_checkpoint
 from .data import READ_AS_TEXT, ExpertRows, read_rows, split_rows
 from .errors import TwinMergingError
+from .late import before_routing
 from .processing import Processing, differing_parts, load_processing, position_limit
 from .recipe import BASE, ExpertSpec, Recipe
 
@@ -53,6 +54,8 @@ class Inputs:
     rows: list[ExpertRows] | None
     """Rows of each expert, if all have data."""
     notes: list[str]
+    before_routing: frozenset[str] = frozenset()
+    """Parameters that get no delta because they act before a `late` router has read."""
     thresholds: dict[tuple[float, torch.dtype], tuple[float, ...]] = field(default_factory=dict, repr=False)
     """What TIES keeps of each expert, by density and type of computing; filled where it is needed first."""
 
@@ -64,6 +67,10 @@ class Inputs:
     @property
     def label_space(self) -> LabelSpace:
         return LabelSpace.of(self.entries)
+
+    def gets_delta(self, tensor: str) -> bool:
+        """False where the recipe leaves a tensor to the shared model alone, by name or by where its experts begin to act."""
+        return self.recipe.gets_delta(tensor) and tensor not in self.before_routing
 
     def close(self) -> None:
         """Close all checkpoint files."""
@@ -127,9 +134,10 @@ def preflight(recipe: Recipe, report: Callable[[str], None] = lambda message: No
             )
     _raise(problems)
     merged = [c for c in (shared, base if _uses_base(recipe) else None) if c is not None]
-    _check_covered(recipe, [*experts, *merged], first)
+    below = before_routing(recipe, first)
+    _check_covered(recipe, [*experts, *merged], first, below)
     ready = base if recipe.shared_model == BASE else shared
-    return Inputs(recipe, experts, base, ready, entries, processing, rows, notes)
+    return Inputs(recipe, experts, base, ready, entries, processing, rows, notes, below)
 
 
 def _open_all(recipe: Recipe, problems: list[str]) -> tuple[list[Checkpoint], Checkpoint | None, Checkpoint | None]:
@@ -195,6 +203,11 @@ def _check_router_layer(recipe: Recipe, first: Checkpoint) -> None:
         return
     if recipe.router.router_pass == "full":
         raise TwinMergingError("`router.layer` has no meaning with `pass: full`, which reads the last state")
+    if recipe.router.router_pass == "late" and layers == (0,) and (untrained or recipe.router.type == "projection"):
+        raise TwinMergingError(
+            "`router.pass: late` with `projection` reads inside the layer below the one from which experts act; give "
+            "`router.layer` of at least 1"
+        )
     count = first.layer_count  # raises where the model has no list of layers
     for layer in layers:
         if layer >= count:
@@ -322,9 +335,11 @@ def _uses_base(recipe: Recipe) -> bool:
     return recipe.shared_model == BASE or (recipe.shared_model is None and recipe.merge_method != "linear")
 
 
-def _check_covered(recipe: Recipe, backbones: list[Checkpoint], first: Checkpoint) -> None:
+def _check_covered(
+    recipe: Recipe, backbones: list[Checkpoint], first: Checkpoint, below: frozenset[str] = frozenset()
+) -> None:
     """Refuse tensors that differ between checkpoints although no rule can apply a delta of them per row."""
-    names = [name for name in uncovered(first, list(first.backbone)) if recipe.gets_delta(name)]
+    names = [name for name in uncovered(first, list(first.backbone)) if recipe.gets_delta(name) and name not in below]
     holders = [(name, [c.tensor(name) for c in backbones if name in c.places]) for name in names]
     bad = [name for name, tensors in holders if any(not torch.equal(t.float(), tensors[0].float()) for t in tensors)]
     if bad:
@@ -440,8 +455,9 @@ def check_newcomer(recipe: Recipe, newcomer: ExpertSpec, built: Checkpoint) -> I
     if bad is not None:
         raise TwinMergingError(f"{new.role}: tensor {bad!r} holds NaN or infinity; train or save it again")
     alone = replace(recipe, experts=(newcomer,))
-    _check_covered(alone, [new, built], built)
-    return Inputs(alone, [new], None, built, [entry], processing, None, [*notes, *_label_notes([entry])])
+    below = before_routing(recipe, new)
+    _check_covered(alone, [new, built], built, below)
+    return Inputs(alone, [new], None, built, [entry], processing, None, [*notes, *_label_notes([entry])], below)
 
 
 def read_all_rows(

@@ -85,7 +85,7 @@ class RouterSettings:
     layers: tuple[int, ...] | None = None
     """
     The router reads the states before these layers, and a `prefix` pass ends before the last of them; default: the
-    middle one (`auto`: chosen).
+    middle one (`auto`: chosen). In a `late` pass experts act from the last of them on; it has no default.
     """
     router_pass: str = "prefix"
     temperature: float | None = None
@@ -230,6 +230,10 @@ def _check_together(recipe: Recipe, content: dict) -> None:
         )
     if recipe.router.type == "projection" and len(recipe.router.layers or ()) > 1:
         raise TwinMergingError("`projection` reads one state: give one `router.layer`")
+    if recipe.router.router_pass == "late" and recipe.router.layers is None:
+        raise TwinMergingError(
+            "`router.pass: late` needs `router.layer`: experts act from that layer on, and what they have below it is left out"
+        )
     if recipe.router.type == "projection" and recipe.router.router_pass == "full":
         raise TwinMergingError("`router.pass: full` is not possible with `projection`, which reads a layer's input")
 

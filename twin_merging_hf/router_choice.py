@@ -22,7 +22,8 @@ class Candidate:
     """
     One router that could be built.
 
-    layers: reads the states before these layers; a `full` pass reads the last state too.
+    layers: reads the states before these layers; a `full` pass reads the last state too. router_pass: `prefix`, `full`, or
+    `late`, whose last layer is given.
     """
 
     type: str
@@ -65,6 +66,14 @@ def candidates(layers: tuple[int, ...], width: int, text: bool) -> list[Candidat
     return found
 
 
+def _open_candidates(layers: tuple[int, ...], width: int, text: bool, recipe: Recipe) -> list[Candidate]:
+    """What the recipe's pass leaves to choose from: in a `late` one experts act from the last layer on, whoever routes."""
+    found = candidates(layers, width, text)
+    if recipe.router.router_pass != "late":
+        return found
+    return [replace(one, router_pass="late") for one in found if one.layers and one.layers[-1] == layers[-1]]
+
+
 @dataclass(frozen=True)
 class Choice:
     """
@@ -101,7 +110,7 @@ def choose(
     measured: list[tuple[Candidate, dict]] = []
     routers: list[nn.Module] = []
     text = data.train_tokens is not None
-    for candidate in candidates(layers, width, text):
+    for candidate in _open_candidates(layers, width, text, recipe):
         part, router = candidate.select(data, layers, width), make(candidate)
         train_router(router, part, recipe.router, recipe.seed)
         figures = asdict(router_report(router.eval(), part, candidate.type, recipe.router.temperature))
@@ -123,8 +132,8 @@ def _best(measured: list[tuple[Candidate, dict]], router_pass: str) -> float | N
 
 
 def _winner(measured: list[tuple[Candidate, dict]], rows: int) -> Candidate:
-    prefix, full = _best(measured, "prefix"), _best(measured, "full")
-    taken = "prefix"
+    taken = measured[0][0].router_pass  # of the short ones, which come first
+    prefix, full = _best(measured, taken), _best(measured, "full")
     if full is not None and (prefix is None or full - prefix > max(_WORTH_A_PASS, 2 * _standard_error(full, rows))):
         taken = "full"
     open_to = [item for item in measured if item[0].router_pass == taken]
@@ -141,7 +150,7 @@ def _standard_error(share: float, rows: int) -> float:
 
 def _note(winner: Candidate, measured: list[tuple[Candidate, dict]]) -> str | None:
     prefix, full = _best(measured, "prefix"), _best(measured, "full")
-    if winner.router_pass == "prefix" or prefix is None:
+    if winner.router_pass != "full" or prefix is None:
         return None
     return (
         f"`router: auto` took a `full` pass, which runs the shared model twice: its last state finds {full:.1%} of held-out "

@@ -19,6 +19,7 @@ from .checkpoints import Checkpoint
 from .compression import FIRST_CAP, Spectrum, rank_for_energy, spectrum
 from .errors import TwinMergingError
 from .exclusive import Stored, direction_bytes, shown, store_entries, store_factors
+from .late import WHY
 from .preflight import Inputs, uncovered
 from .recipe import Recipe
 from .shared_merge import merge_tensor
@@ -98,7 +99,7 @@ def separate(
             result.coverage[name] = {"treatment": "equal"}
             continue
         deltas = _deltas(experts, shared)
-        if not _needs_compression(result, name, deltas, name in not_covered, recipe, dtype):
+        if not _needs_compression(result, name, deltas, name in not_covered, inputs, dtype):
             continue
         if ranks is not None and name in ranks:
             _store(result, name, deltas, inputs, ranks[name])
@@ -155,7 +156,7 @@ def planned_bytes(inputs: Inputs) -> PlannedBytes:
     shared = deltas = 0
     for name, shape in inputs.experts[0].backbone.items():
         shared += shape.numel() * dtype.itemsize
-        if not recipe.gets_delta(name):
+        if not inputs.gets_delta(name):
             continue
         if is_vector(shape):
             deltas += experts * shape.numel() * dtype.itemsize
@@ -189,7 +190,7 @@ def _shared_tensor(name: str, experts: list[torch.Tensor], inputs: Inputs, dtype
 
 
 def _needs_compression(
-    result: Separation, name: str, deltas: list[torch.Tensor], no_rule: bool, recipe: Recipe, dtype: torch.dtype
+    result: Separation, name: str, deltas: list[torch.Tensor], no_rule: bool, inputs: Inputs, dtype: torch.dtype
 ) -> bool:
     """Settle tensors that are equal, excluded or vectors; true for those whose deltas are to be compressed."""
     energies = [float(delta.double().pow(2).sum()) for delta in deltas]
@@ -198,8 +199,9 @@ def _needs_compression(
         result.coverage[name] = {"treatment": "equal"}
         return False
     result.energy += energy
-    if not recipe.gets_delta(name):
-        result.coverage[name] = {"treatment": "excluded", "dropped_energy": sum(listed), "energy": listed}
+    if not inputs.gets_delta(name):
+        why = {"why": WHY} if name in inputs.before_routing else {}
+        result.coverage[name] = {"treatment": "excluded", "dropped_energy": sum(listed), "energy": listed, **why}
         result.lost += energy
         return False
     if no_rule:

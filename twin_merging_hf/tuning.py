@@ -183,7 +183,7 @@ def _tune_rank(inputs: Inputs, recipe: Recipe, grids: Grids, progress: Progress,
         tuning.left["exclusive.rank"] = "the recipe chooses ranks by another rule"
         return
     shapes = inputs.experts[0].backbone
-    sides = [min(matrix_shape(s)) for name, s in shapes.items() if recipe.gets_delta(name) and not is_vector(s)]
+    sides = [min(matrix_shape(s)) for name, s in shapes.items() if inputs.gets_delta(name) and not is_vector(s)]
     if not sides:
         tuning.left["exclusive.rank"] = "no matrix gets a delta"
         return
@@ -222,7 +222,7 @@ def _split(inputs: Inputs, index: int, shared: dict[str, torch.Tensor], rank: in
     recipe, checkpoint = inputs.recipe, inputs.experts[index]
     exact, factors = {}, {}
     for name, origin in shared.items():
-        if not recipe.gets_delta(name):
+        if not inputs.gets_delta(name):
             continue
         own = checkpoint.tensor(name).float()
         if is_vector(origin.shape):
