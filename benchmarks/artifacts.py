@@ -3,6 +3,7 @@
 import json
 import shutil
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,10 +37,20 @@ class Artifact:
         parts: the recipe but for base and experts.
         with_data: without, the build trains no router (for scores with the task given, and data-free routing).
         keep: whether the folder stays; the answers always do.
+        held_out: at most so many validation rows of each task.
     """
 
-    def __init__(self, bench: Bench, name: str, parts: dict, seed: int = 0, with_data: bool = True, keep: bool = False):
-        self.bench, self.name, self.keep = bench, name, keep
+    def __init__(
+        self,
+        bench: Bench,
+        name: str,
+        parts: dict,
+        seed: int = 0,
+        with_data: bool = True,
+        keep: bool = False,
+        held_out: int | None = None,
+    ):
+        self.bench, self.name, self.keep, self.held_out = bench, name, keep, held_out
         self.recipe = {"base_model": str(bench.base), **parts, "experts": self._experts(with_data), "seed": seed}
         rows = [bench.part(split, 10**9).digest for split in ("train", "validation")] if with_data else []
         self.key = [self.recipe, rows, code_digest()]
@@ -52,10 +63,19 @@ class Artifact:
         for name, path in zip(self.bench.names, self.bench.experts, strict=True):
             entry: dict[str, Any] = {"name": name, "model": str(path)}
             if with_data:
-                splits = ("train", "validation")
-                entry["data"] = {split: str(self.bench.data / f"{name}.{split}.jsonl") for split in splits}
+                train = self.bench.data / f"{name}.train.jsonl"
+                entry["data"] = {"train": str(train), "validation": str(self._validation(name))}
             entries.append(entry)
         return entries
+
+    def _validation(self, name: str) -> Path:
+        whole = self.bench.data / f"{name}.validation.jsonl"
+        if self.held_out is None:
+            return whole
+        lines = whole.read_text(encoding="utf-8").splitlines(keepends=True)
+        short = whole.with_name(f"{name}.validation-{self.held_out}.jsonl")
+        short.write_text("".join(lines[: self.held_out]), encoding="utf-8")
+        return short
 
     def _build(self) -> None:
         if self.folder.exists():
@@ -164,12 +184,28 @@ def union_answers(bench: Bench, logits: np.ndarray, raw: np.ndarray, weights: np
     return {"task": task, "label": label, "value": value, "confidence": sure, "weights": weights}
 
 
-def ours(bench: Bench, seed: int, **changes: Any) -> Artifact:
+def ours(bench: Bench, seed: int, held_out: int | None = None, **changes: Any) -> Artifact:
     """Our artifact, or a variant of it: `changes` replace parts of the recipe."""
     parts = {**OURS, **bench.ours, **changes}
-    if "shared_model" in changes:
-        parts.pop("merge_method", None)
-    return Artifact(bench, "ours" if not changes else f"ours-{'-'.join(changes)}", parts, seed, keep=not changes)
+    name = "ours" if not changes else f"ours-{'-'.join(changes)}"
+    return Artifact(bench, name, parts, seed, keep=not changes, held_out=held_out)
+
+
+def stored(bench: Bench, name: str, exclusive: dict, **parts: Any) -> Artifact:
+    """An artifact whose deltas are stored in a certain way; its own router is never asked."""
+    shared = {} if "shared_model" in parts else {"merge_method": "linear"}
+    recipe = {**shared, **parts, "exclusive": exclusive, "router": {"type": "projection"}}
+    return Artifact(bench, name, recipe, with_data=False)
+
+
+def chosen_router(bench: Bench) -> dict:
+    """Router settings that `auto` chose for our artifact: variants of it do not compare again."""
+    report = ours(bench, 0).report["router"]
+    for entry in report["comparison"]:
+        if entry["chosen"]:
+            layers = {"layer": entry["layers"]} if entry["pass"] == "prefix" else {}
+            return {"type": entry["type"], "pass": entry["pass"], **layers}
+    return {**OURS["router"], **bench.ours.get("router", {})}
 
 
 def all_head_outputs(

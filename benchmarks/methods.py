@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 import numpy as np
-from artifacts import Artifact, ours
+from artifacts import OURS, Artifact, ours, stored
 from bench import Bench, fingerprint
 from features import Features, features
 from published import ROUTER_ROWS, Published, Setting, router_logits, shared_state, weights_of
@@ -95,15 +95,13 @@ class Methods:
             listed += self._static(name)
         listed += self._ladder()
         listed += [
-            self._variant(
-                "shape", "  + mean as shared (rank 38 at width 384, fp32)", exclusive={"ratio": 0.1}, router=MIDDLE
-            ),
+            self._stored("shape", "  + our router, mean as shared (a tenth of full rank, fp32)", {"ratio": 0.1}),
             Method("ours", "OURS", lambda s: self.ours(s).routed(), self._our_ratio, seeded=True),
             Method("ours-top-1", "ours, top-1", self._ours_top_1, self._our_ratio, seeded=True),
             Method("ours-soft", "ours, soft", lambda s: self.ours(s).routed(top_k=None), self._our_ratio, seeded=True),
             known("ours-given", "ours, task given", lambda s: self.ours(s).given(), self._our_ratio, seeded=True),
-            self._variant("base-dynamic", "pretrained as shared + dynamic", shared_model=str(self.bench.base)),
-            self._variant("expert-dynamic", "an expert as shared + dynamic", shared_model=str(self.bench.experts[0])),
+            self._stored("base-dynamic", "pretrained as shared + dynamic", shared_model=str(self.bench.base)),
+            self._stored("expert-dynamic", "an expert as shared + dynamic", shared_model=str(self.bench.experts[0])),
             Method(
                 "swap",
                 "checkpoint swap, our router",
@@ -152,20 +150,17 @@ class Methods:
         base = sum(value.nbytes for value in backbone(self.bench, self.bench.base).values())
         return 1 + head_bytes(self.bench) / base
 
-    def _variant(self, key: str, title: str, **changes) -> Method:
-        made: dict[int, Artifact] = {}
-
-        def artifact(seed: int) -> Artifact:
-            if seed not in made:
-                made[seed] = ours(self.bench, seed, **changes)
-            return made[seed]
+    def _stored(self, key: str, title: str, exclusive: dict | None = None, **parts) -> Method:
+        """Other deltas or another shared model; each row is answered by the expert that our router gives it."""
+        ours_parts = {**OURS, **self.bench.ours}
+        artifact = stored(self.bench, key, exclusive or ours_parts["exclusive"], **parts)
 
         def answers(seed: int) -> Answers:
-            found = artifact(seed).routed()
-            artifact(seed).close()
+            found = artifact.chosen(self.our_choice(seed))
+            artifact.close()
             return found
 
-        return Method(key, title, answers, lambda: artifact(0).ratio)
+        return Method(key, title, answers, lambda: artifact.ratio)
 
     # ---- the published run ------------------------------------------------------------------------------------
 
@@ -225,6 +220,3 @@ class Methods:
         for place, task in enumerate(numbers):
             raw[:, self.bench.spans[task].start] = raw[:, width + place]
         return self.bench.answer(raw[:, :width], chosen)
-
-
-MIDDLE = {"type": "linear"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from artifacts import OURS, Artifact, all_head_outputs, ours
+from artifacts import OURS, Artifact, all_head_outputs, chosen_router, ours, stored
 from bench import Bench
 from rivals import bitdelta_states, emr_states, storage_ratios, task_known
 from running import backbone, expert_runner, load, run
@@ -26,6 +26,7 @@ BUDGETS = (0.045,)  # with heads and a router, 1.05 models in all
 LORA_RANKS = (4, 9, 16)
 SPARSE_RATIO = 0.1  # nine of ten are dropped: of each matrix's singular directions, or of its entries
 NONE_SHARE = 0.05
+HELD_OUT = 100  # rows of each task in builds of fewer experts: they calibrate, and choose nothing
 LONG = 3  # times as many epochs
 LONG_RANKS = (1, 2, 4, 8, 16, 32)
 TrainLonger = Callable[[int, int], Path] | None
@@ -50,23 +51,6 @@ def measured(bench: Bench, name: str, exclusive: dict, **parts: Any) -> tuple[fl
     found = artifact.ratio, percent(bench, artifact.given()), percent(bench, artifact.chosen(choice))
     artifact.close()
     return found
-
-
-def stored(bench: Bench, name: str, exclusive: dict, **parts: Any) -> Artifact:
-    """An artifact whose deltas are stored in a certain way; its own router is never asked."""
-    shared = {} if "shared_model" in parts else {"merge_method": "linear"}
-    recipe = {**shared, **parts, "exclusive": exclusive, "router": {"type": "projection"}}
-    return Artifact(bench, name, recipe, with_data=False)
-
-
-def chosen_router(bench: Bench) -> dict:
-    """Router settings that `auto` chose with all tasks: builds with fewer experts do not compare again."""
-    report = ours(bench, 0).report["router"]
-    for entry in report["comparison"]:
-        if entry["chosen"]:
-            layers = {"layer": entry["layers"]} if entry["pass"] == "prefix" else {}
-            return {"type": entry["type"], "pass": entry["pass"], **layers}
-    return {**OURS["router"], **bench.ours.get("router", {})}
 
 
 # ---- rank and bytes ---------------------------------------------------------------------------------------------
@@ -143,7 +127,7 @@ def experts(bench: Bench, out: Path, train_longer: TrainLonger) -> str:
     rows = []
     for count in range(2, len(bench.tasks) + 1):
         some = bench.subset(list(range(count)))
-        artifact = ours(some, 0, router=chosen_router(bench))
+        artifact = ours(some, 0, HELD_OUT, router=chosen_router(bench))
         part, gold = some.part("test"), some.part("test").gold
         mean = some.answer(StaticMerges(some).raw("linear", {}, 0, part), gold.task)
         accuracy = float((artifact.weights().argmax(1) == gold.task).mean())
@@ -165,7 +149,7 @@ def experts(bench: Bench, out: Path, train_longer: TrainLonger) -> str:
 def without(bench: Bench, held: int, **router: Any) -> Artifact:
     """Our artifact of all experts but one."""
     some = bench.subset([i for i in range(len(bench.tasks)) if i != held])
-    return ours(some, 0, router={**chosen_router(bench), **router})
+    return ours(some, 0, HELD_OUT, router={**chosen_router(bench), **router})
 
 
 def unseen(bench: Bench, out: Path, train_longer: TrainLonger) -> str:
