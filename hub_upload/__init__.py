@@ -1,6 +1,7 @@
-"""Model cards and, later, uploads to the Hub. Never builds."""
+"""Model cards and uploads to the Hub. Never builds."""
 
 from .model_card import render_card, write_card
+from .upload import Pushed, push_artifact
 
 
-__all__ = ["render_card", "write_card"]
+__all__ = ["Pushed", "push_artifact", "render_card", "write_card"]

@@ -1,11 +1,24 @@
-"""The model card of an artifact, filled from its config and report."""
+"""The model card of an artifact, filled from its config, report and scores."""
 
 import re
 from pathlib import Path
 
 import yaml
 
+from twin_merging_hf.artifact import LAYOUT
 from twin_merging_hf.modeling import TwinMergingConfig
+
+from .card_scores import CardScores, card_scores, model_index
+from .card_tables import (
+    agreement_text,
+    experts_table,
+    fence,
+    licences_text,
+    routing_text,
+    scores_text,
+    size_text,
+)
+from .licences import Licences, licences_of
 
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -24,18 +37,17 @@ _EXAMPLES = {
     "masked": '["a text with a [MASK]"]',
 }
 _OPTIONS = {"tokens": ', aggregation_strategy="simple"'}
-_KINDS = {"regression": "regression", "token_classification": "tags", "language_modeling": "language model"}
 _PIPELINE = """\
 from transformers import pipeline
 
-pipe = pipeline("{task}", model="{location}"{options})
+pipe = pipeline("{task}", model="{location}"{trust}{options})
 pipe({example})"""
 # Transformers has no pipeline for encoder-decoders any more.
 _GENERATE = """\
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{location}")
-model = AutoModelForSeq2SeqLM.from_pretrained("{location}")
+model = AutoModelForSeq2SeqLM.from_pretrained("{location}"{trust})
 inputs = tokenizer({example}, padding=True, return_tensors="pt")
 tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)"""
 _BY_HAND = """\
@@ -49,15 +61,29 @@ _COMPETING = """\
 Labels of different experts
 compete in one distribution; give `experts=` where the task is known."""
 _KEPT = "What was chosen for a prompt stays\nwhile tokens are written; give `experts=` where the task is known."
+_TRUST = ', revision="COMMIT_HASH", trust_remote_code=True'
+_DATASET = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
+LOCATION = "PATH_OR_REPO_ID"
+"""Stands in a card for the repository until there is one."""
 
 
-def render_card(config: TwinMergingConfig, report: dict, recipe_text: str, kind: str) -> str:
+def render_card(
+    config: TwinMergingConfig,
+    report: dict,
+    recipe_text: str,
+    kind: str,
+    *,
+    location: str = LOCATION,
+    evaluation: dict | None = None,
+) -> str:
     """
     Fill the card template.
 
     Args:
         report: content of report.json.
         kind: `text`, `image`, `tokens`, `prompt` or `masked`.
+        location: what a reader gives to `from_pretrained`.
+        evaluation: what `twin-merging evaluate` wrote about this artifact.
     """
     names = [expert["name"] for expert in config.experts]
     language = kind in ("prompt", "masked")
@@ -65,22 +91,38 @@ def render_card(config: TwinMergingConfig, report: dict, recipe_text: str, kind:
     by_hand = _BY_HAND.format(expert=names[0], model="model" if together else "pipe.model")
     generates = _GENERATES.format(expert=names[0]) if kind == "prompt" else ""
     versions = config.provenance.get("versions", {})
+    licences = licences_of(config.provenance.get("sources", {}))
+    scores = card_scores(report, evaluation)
+    picture = LAYOUT.confusion if LAYOUT.confusion in config.provenance.get("companions", []) else None
+    metadata = _metadata(config, kind, licences, scores)
     return _TEMPLATE.read_text(encoding="utf-8").format(
-        metadata=yaml.safe_dump(_metadata(config, kind), sort_keys=False, allow_unicode=True).strip(),
+        metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip(),
         title=f"Twin-Merging of {', '.join(names)}",
         count=len(names),
-        usage=(_GENERATE if together else _PIPELINE).format(
-            task=_TASKS[kind], location="PATH_OR_REPO_ID", example=_EXAMPLES[kind], options=_OPTIONS.get(kind, "")
-        ),
+        usage=_usage(kind, together, location, pinned=False),
+        pinned=_usage(kind, together, location, pinned=True),
         outputs=(_TOKENS_MEAN if language else _LABELS_MEAN) + by_hand + generates,
         limits=_KEPT if language else _COMPETING,
-        experts=_experts(config, report),
-        routing=_routing(config, report),
-        verdict=_verdict(report),
-        size=_size(report),
-        fence=_fence(recipe_text),
+        experts=experts_table(config, report),
+        routing=routing_text(config, report, picture),
+        verdict=agreement_text(report),
+        scores=scores_text(scores),
+        size=size_text(report),
+        licences=licences_text(licences),
+        fence=fence(recipe_text),
         recipe=recipe_text.strip() or "# built from Python, without a recipe file",
-        versions=", ".join(f"{name} {version}" for name, version in versions.items()),
+        versions=", ".join(f"{name} {version}" for name, version in sorted(versions.items())) or "unknown versions",
+    )
+
+
+def _usage(kind: str, together: bool, location: str, pinned: bool) -> str:
+    """Code that loads and uses the artifact; `pinned`: without the plugin, at one commit."""
+    return (_GENERATE if together else _PIPELINE).format(
+        task=_TASKS[kind],
+        location=location,
+        example=_EXAMPLES[kind],
+        options=_OPTIONS.get(kind, ""),
+        trust=_TRUST if pinned else "",
     )
 
 
@@ -88,91 +130,29 @@ def _is_encoder_decoder(config: TwinMergingConfig, kind: str) -> bool:
     return kind == "prompt" and bool(config.is_encoder_decoder)
 
 
-def _fence(text: str) -> str:
-    """A code fence longer than any run of backticks in the text."""
-    return "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-
-
 def write_card(path: Path, config: TwinMergingConfig, report: dict, recipe_text: str, kind: str) -> None:
     """Write the card to `path`."""
     path.write_text(render_card(config, report, recipe_text, kind), encoding="utf-8")
 
 
-def _metadata(config: TwinMergingConfig, kind: str) -> dict:
+def _metadata(config: TwinMergingConfig, kind: str, licences: Licences, scores: CardScores | None) -> dict:
     sources = config.provenance.get("sources", {})
     # Local folders would be dead links on the Hub.
-    models = [source["model"] for source in sources.values() if source["from_hub"]]
+    models = [source["model"].split("@")[0] for _, source in sorted(sources.items()) if source["from_hub"]]
     metadata: dict = {"library_name": "transformers"}
     if not _is_encoder_decoder(config, kind):
         metadata["pipeline_tag"] = _TASKS[kind]
+    metadata |= licences.metadata
     if models:
-        metadata |= {"base_model": list(dict.fromkeys(m.split("@")[0] for m in models)), "base_model_relation": "merge"}
-    return metadata | {"tags": ["merge", "model-merging", "twin-merging", "twin-merging-hf", "custom_code"]}
-
-
-def _cell(text: object) -> str:
-    return str(text).replace("|", "\\|").replace("\n", " ")
-
-
-def _experts(config: TwinMergingConfig, report: dict) -> str:
-    lines = ["| expert | source | kind | labels |", "|---|---|---|---|"]
-    for expert in config.experts:
-        labels = ", ".join(expert["labels"][:12]) + (" ..." if len(expert["labels"]) > 12 else "")
-        kind = _KINDS.get(expert["problem_type"], "classes")
-        lines.append(f"| {_cell(expert['name'])} | {_cell(expert.get('source', ''))} | {kind} | {_cell(labels)} |")
-    return "\n".join(lines)
-
-
-def _routing(config: TwinMergingConfig, report: dict) -> str:
-    layers = ", ".join(str(layer) for layer in config.state_layers)
-    where = f"the states before layers {layers}" if len(config.state_layers) > 1 else f"the state before layer {layers}"
-    where = "the shared model's last state" if config.router_pass == "full" else f"{where} of the shared model"
-    tokens = " and the row's tokens" if config.router_type == "lexical" else ""
-    text = f"A `{config.router_type}` router reads {where}{tokens}, once for each row."
-    if config.router_pass == "late":
-        text += (
-            f" It does so in the answer's own pass: experts act from layer {config.router_layer} on, and what they learned "
-            "below it is left out (`report.json` says how much)."
-        )
-    if config.router_none_distance is not None:
-        text += " Rows unlike every expert's go to the shared model."
-    router = report["router"]
-    if router.get("held_out_rows"):
-        text += (
-            f" On {router['held_out_rows']} held-out rows it chose the right expert in {router['accuracy']:.1%} "
-            f"(temperature {router['temperature']:.3g})."
-        )
-        names = [expert["name"] for expert in config.experts]
-        text += "\n\n| belongs to \\ chosen | " + " | ".join(_cell(name) for name in names) + " |\n"
-        text += "|---" * (len(names) + 1) + "|\n"
-        for name, row in zip(names, router["confusion"], strict=True):
-            text += f"| {_cell(name)} | " + " | ".join(str(count) for count in row) + " |\n"
-    elif "stale" in router:
-        text += f" Its accuracy was {router['stale']}."
-    else:
-        text += " It was built from the experts' weights alone; its accuracy was not measured."
-    return text.strip()
-
-
-def _verdict(report: dict) -> str:
-    verdict = report["verdict"]
-    if verdict["agreement"] is None:
-        stale = verdict.get("stale")
-        return f"{stale.capitalize()}." if stale else "Not measured: the recipe gave no data."
-    lines = [
-        "Agreement with each expert's own answers on held-out rows (share of equal labels, of equal tags where "
-        "tokens are tagged; Pearson correlation for a regression; of a language model the share of the completions' tokens "
-        "at which both would write the same next): left to itself, and with the expert given.",
-        "",
-        "| expert | rows | routed | given |",
-        "|---|---|---|---|",
-    ]
-    for name, share in verdict["agreement"].items():
-        lines.append(f"| {_cell(name)} | {verdict['rows'][name]} | {share:.1%} | {verdict['given'][name]:.1%} |")
-    return "\n".join(lines)
-
-
-def _size(report: dict) -> str:
-    size = report["storage"]
-    parts = ", ".join(f"{name} {size[name] / 1e6:.2f} MB" for name in ("shared", "deltas", "heads", "router"))
-    return f"{size['total'] / 1e6:.2f} MB: {parts}; {size['ratio']:.2f} times the shared backbone alone."
+        base = sources.get("base", {}).get("model", "").split("@")[0]
+        ordered = sorted(dict.fromkeys(models), key=lambda model: model != base)
+        metadata |= {"base_model": ordered, "base_model_relation": "merge"}
+    metadata["tags"] = ["merge", "model-merging", "twin-merging", "twin-merging-hf", "custom_code"]
+    datasets = sorted({name for source in sources.values() for name in source.get("datasets", [])})
+    datasets = [name for name in datasets if _DATASET.fullmatch(name)]
+    if datasets:
+        metadata["datasets"] = datasets
+    if scores is not None:
+        name = f"twin-merging-{'-'.join(config.expert_names)}"
+        metadata["model-index"] = model_index(name, _TASKS[kind], scores)
+    return metadata

@@ -1,12 +1,14 @@
 """Configuration of a Twin-Merging artifact: what the shared model is, who the experts are, how rows are routed."""
 
 import itertools
+import math
 import re
 from dataclasses import field
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from .limits_twin_merging import MOST_EXPERTS, check_sizes
 from .tags_twin_merging import TOKEN_CLASSES
 
 
@@ -124,11 +126,14 @@ class TwinMergingConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if isinstance(self.shared_config, dict):
             fields = dict(self.shared_config)
+            check_sizes(fields, "shared_config")
             model_type = fields.pop("model_type", None)
             if not model_type:
                 raise ValueError("TwinMergingConfig: `shared_config` has no `model_type`, so its class is unknown")
             self.shared_config = AutoConfig.for_model(model_type, **fields)
         self.head_modules = list(self.head_modules or [])
+        if len(self.experts or []) > MOST_EXPERTS:
+            raise ValueError(f"`experts` has {len(self.experts)} items, more than {MOST_EXPERTS}")
         self.experts = [dict(expert) for expert in self.experts or []]
         self.ranks = dict(self.ranks or {})
         self.exact_deltas = list(self.exact_deltas or [])
@@ -207,7 +212,11 @@ class TwinMergingConfig(PreTrainedConfig):
                     f"got {expert.get('problem_type')!r}"
                 )
             temperature = expert.get("temperature", 1.0)
-            if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not temperature > 0:
+            if (
+                isinstance(temperature, bool)
+                or not isinstance(temperature, (int, float))
+                or not 0 < temperature < math.inf
+            ):
                 raise ValueError(f"expert {expert['name']!r}: `temperature` must be positive, got {temperature!r}")
         self._validate_deltas()
         self._validate_router()
@@ -246,14 +255,15 @@ class TwinMergingConfig(PreTrainedConfig):
             raise ValueError(f"`router_layers` and `router_layer` must ascend, got {layers!r}")
         self._validate_router_type()
         distance = self.router_none_distance
-        if distance is not None and (isinstance(distance, bool) or not isinstance(distance, (int, float))):
-            raise ValueError(f"`router_none_distance` must be a number or null, got {distance!r}")
+        number = isinstance(distance, (int, float)) and not isinstance(distance, bool) and abs(distance) < math.inf
+        if distance is not None and not number:
+            raise ValueError(f"`router_none_distance` must be a finite number or null, got {distance!r}")
         dimension = self.router_none_dimension
         if dimension is not None and (isinstance(dimension, bool) or not isinstance(dimension, int) or dimension < 1):
             raise ValueError(f"`router_none_dimension` must be a positive integer or null, got {dimension!r}")
         if self.router_input_size < 1:
             raise ValueError(f"`router_input_size` must be positive, got {self.router_input_size!r}")
-        if not self.router_temperature > 0:
+        if not 0 < self.router_temperature < math.inf:
             raise ValueError(f"`router_temperature` must be positive, got {self.router_temperature!r}")
         top_k = self.router_top_k
         if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k <= len(self.experts)):

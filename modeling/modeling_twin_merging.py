@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.utils import ModelOutput, TransformersKwargs, cached_file, logging
 
@@ -36,11 +36,13 @@ from .generation_twin_merging import (
 )
 from .heads_twin_merging import LabelSpace
 from .late_twin_merging import LateMixin
+from .limits_twin_merging import STORED, check_fits, stored_bytes
 from .matrices_twin_merging import MatrixForward  # noqa: F401 - likewise
 from .mix_twin_merging import ALL, CheckpointWithWeights, ExpertMix
 from .norms_twin_merging import NormForward  # noqa: F401 - likewise
 from .padding_twin_merging import TOKEN_INPUTS, align_left, restore_order
 from .plans_twin_merging import PlansMixin
+from .push_twin_merging import PushMixin
 from .report_twin_merging import PlanReport  # noqa: F401 - likewise
 from .routing_twin_merging import (
     LexicalRouter,
@@ -52,6 +54,7 @@ from .routing_twin_merging import (
     new_router,
     weights_from_logits,
 )
+from .saving_twin_merging import staged_save
 from .selection_twin_merging import Decision  # noqa: F401 - likewise
 from .shared_twin_merging import LANGUAGE_MODELS, build_shared, find_shared_class
 from .sparse_twin_merging import SparseDelta
@@ -93,7 +96,7 @@ class TwinMergingModelOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-class TwinMergingPreTrainedModel(LateMixin, PlansMixin, PreTrainedModel):
+class TwinMergingPreTrainedModel(LateMixin, PlansMixin, PushMixin):
     """What all Twin-Merging models share: the shared task model, the deltas, the router, and how weights are chosen."""
 
     config_class = TwinMergingConfig
@@ -138,6 +141,7 @@ class TwinMergingPreTrainedModel(LateMixin, PlansMixin, PreTrainedModel):
             sparse=config.sparse_deltas,
         )
         self.router = new_router(config)
+        check_fits(sum(parameter.numel() for parameter in self.parameters()))
         self._reader = self._hook_routing_states()
         self.main_input_name = self.shared.main_input_name
         self._accepted = _accepted_arguments(self.shared) | ({"labels"} if self._hands_labels_down else set())
@@ -459,9 +463,15 @@ class TwinMergingPreTrainedModel(LateMixin, PlansMixin, PreTrainedModel):
         want_info = kwargs.pop("output_loading_info", False)
         # Tensors of another shape come back in the info, to be refused below by name.
         kwargs["ignore_mismatched_sizes"] = True
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
+        kwargs["use_safetensors"] = True  # a pickle could run code
+        names = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
+        options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        source = pretrained_model_name_or_path
+        before = STORED.set(stored_bytes(str(source), options) if source is not None else None)
+        try:
+            loaded: Any = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+        finally:
+            STORED.reset(before)
         model, info = loaded
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             keys = sorted(str(key) for key in info.get(kind) or ())
@@ -475,24 +485,27 @@ class TwinMergingPreTrainedModel(LateMixin, PlansMixin, PreTrainedModel):
                 f"`num_labels`, `id2label` and `label2id` of an artifact follow from its experts and cannot be changed; "
                 f"it has {len(model.label_space.labels)} labels: {', '.join(model.label_space.labels[:5])}, ..."
             )
-        names = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
-        model._artifact_source = (
-            str(pretrained_model_name_or_path),
-            {name: kwargs[name] for name in names if kwargs.get(name) is not None},
-        )
+        model._artifact_source = (str(source), options)
         return (model, info) if want_info else model
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):  # type: ignore[override]
         """
         Save the artifact: weights, config, code, and the companion files it was loaded with (card, recipe, report,
         tokenizer or processor, pictures). Files that exist in `save_directory` already are not overwritten by
-        companions.
+        companions. A save that is killed leaves no mixture of old and new (but with `push_to_hub`, which writes in place).
         """
         if state_dict is None and not getattr(self, "hf_device_map", None):
             state_dict = self._storage_state_dict()
-        super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
-        if is_main_process:
-            self._restore_config(save_directory)
+        kwargs |= {"is_main_process": is_main_process, "state_dict": state_dict}
+        if not is_main_process or kwargs.get("push_to_hub") or os.path.isfile(save_directory):
+            super().save_pretrained(save_directory, **kwargs)
+            if is_main_process and os.path.isdir(save_directory):
+                self._restore_config(save_directory)
+        else:
+            with staged_save(os.fspath(save_directory)) as folder:
+                super().save_pretrained(folder, **kwargs)
+                self._restore_config(folder)
+        if is_main_process and os.path.isdir(save_directory):
             self._copy_companions(save_directory)
 
     def _storage_state_dict(self) -> dict:

@@ -16,7 +16,8 @@ from twin_merging_hf.recipe import load_recipe
 
 
 COMMANDS = (
-    "init", "build", "tune", "check", "inspect", "verify", "evaluate", "add-expert", "remove-expert", "replace-expert", "demo",
+    "init", "build", "tune", "check", "inspect", "verify", "upload", "evaluate", "add-expert", "remove-expert",
+    "replace-expert", "demo",
 )  # fmt: skip
 
 

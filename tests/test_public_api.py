@@ -28,14 +28,17 @@ def test_public_names_are_these():
     ]
     assert modeling.__all__ == [
         "TwinMergingConfig",
+        "TwinMergingForCausalLM",
         "TwinMergingForImageClassification",
+        "TwinMergingForMaskedLM",
+        "TwinMergingForSeq2SeqLM",
         "TwinMergingForSequenceClassification",
         "TwinMergingForTokenClassification",
         "TwinMergingModel",
         "TwinMergingPreTrainedModel",
         "register",
     ]
-    assert hub_upload.__all__ == ["render_card", "write_card"]
+    assert hub_upload.__all__ == ["Pushed", "push_artifact", "render_card", "write_card"]
     assert merging.__all__ == [
         "DEFAULTS",
         "MERGE_METHODS",

@@ -1,5 +1,6 @@
 """The artifact on disk: its files, how a model becomes one, and how to tell that one is whole."""
 
+import errno
 import json
 import os
 import re
@@ -39,6 +40,8 @@ class Layout:
     card: str = "README.md"
     confusion: str = "confusion.png"
     rows: str = "rows.json"
+    evaluation: str = "evaluation.json"
+    evaluation_picture: str = "evaluation.png"
 
 
 LAYOUT = Layout()
@@ -70,10 +73,16 @@ def staged(out: Path) -> Iterator[Path]:
             staging.mkdir()
         except OSError as error:
             raise TwinMergingError(f"{out} cannot be made: {error.strerror}: {error.filename}") from error
-        yield staging
-        refuse_existing(out)
-        os.rename(staging / LAYOUT.unfinished_config, staging / LAYOUT.config)
-        os.rename(staging, out)
+        try:
+            yield staging
+            refuse_existing(out)
+            os.rename(staging / LAYOUT.unfinished_config, staging / LAYOUT.config)
+            os.rename(staging, out)
+        except (OSError, SafetensorError) as error:
+            reason = _storage_error(error)
+            if reason is None:
+                raise
+            raise TwinMergingError(f"{out} cannot be written: {reason}; nothing was left there") from error
     finally:
         if staging.exists():
             shutil.rmtree(staging, ignore_errors=True)
@@ -81,6 +90,20 @@ def staged(out: Path) -> Iterator[Path]:
             for parent in made:
                 with suppress(OSError):
                     parent.rmdir()
+
+
+_STORAGE_ERRORS = {errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.ENOTEMPTY,
+                   errno.EPERM, errno.EROFS}  # fmt: skip
+
+
+def _storage_error(error: Exception) -> str | None:
+    """What is wrong with a disk, if an error is about that: full, read-only, forbidden, or the folder was just made."""
+    if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
+        return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
+    text = str(error)
+    if isinstance(error, SafetensorError) and "os error" in text:
+        return text
+    return None
 
 
 def _remove_leftovers(out: Path) -> None:
@@ -113,6 +136,9 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+_MOST_CONFIG_BYTES = 1 << 24
+
+
 def read_config(folder: Path) -> TwinMergingConfig:
     """
     Read an artifact's config.
@@ -124,15 +150,17 @@ def read_config(folder: Path) -> TwinMergingConfig:
     if not path.is_file():
         raise TwinMergingError(f"{folder} is not an artifact: it has no {LAYOUT.config}")
     try:
+        if path.stat().st_size > _MOST_CONFIG_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes, more than {_MOST_CONFIG_BYTES}")
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TwinMergingError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(content, dict) or content.get("model_type") != TwinMergingConfig.model_type:
         raise TwinMergingError(f"{folder} is not an artifact: its config's model_type is not 'twin_merging'")
     try:
         config = TwinMergingConfig.from_dict(content)
-    except (ValueError, TypeError, KeyError) as error:
-        raise TwinMergingError(f"{path}: {error}") from error
+    except Exception as error:  # a config of unknown origin may make Transformers fail in any way
+        raise TwinMergingError(f"{path}: {error or type(error).__name__}") from error
     if not config.experts:
         raise TwinMergingError(f"{path}: `experts` is empty")
     return config
@@ -143,17 +171,21 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / LAYOUT.index).is_file():
         try:
             names = set(json.loads((folder / LAYOUT.index).read_text(encoding="utf-8"))["weight_map"].values())
-            if not all(isinstance(name, str) for name in names):
-                raise ValueError("`weight_map` must name files")
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+            if not all(isinstance(name, str) and name and Path(name).name == name for name in names):
+                raise ValueError("`weight_map` must name files beside it")
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise TwinMergingError(f"{folder / LAYOUT.index}: damaged: {error}") from error
-        files = [folder / name for name in sorted(names) if Path(name).name == name]
+        files = [folder / name for name in sorted(names)]
     else:
         files = [folder / LAYOUT.weights]
     for file in files:
         if not file.is_file():
             raise TwinMergingError(f"{folder}: {file.name} is missing")
     return files
+
+
+# What reading a damaged or hostile file of tensors may end in.
+_DAMAGED = (SafetensorError, OSError, AttributeError, RuntimeError, TypeError, ValueError)
 
 
 def tensor_sizes(folder: Path) -> dict[str, int]:
@@ -165,7 +197,7 @@ def tensor_sizes(folder: Path) -> dict[str, int]:
                 for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
                     view = handle.get_slice(name)
                     sizes[name] = _DTYPE_BYTES.get(view.get_dtype(), 4) * int(torch.Size(view.get_shape()).numel())
-        except (SafetensorError, OSError) as error:
+        except _DAMAGED as error:
             raise TwinMergingError(f"{file}: damaged: {error}") from error
     return sizes
 
@@ -261,7 +293,7 @@ def _check_tensors(folder: Path, config: TwinMergingConfig) -> list[str]:
                         owner = expected[f"shared.{sparse[name]}"]
                         found = _check_places(tensor, key, config.sparse_deltas[sparse[name]], owner.numel())
                     problems += found
-        except (SafetensorError, OSError) as error:
+        except _DAMAGED as error:
             raise TwinMergingError(f"{file}: damaged: {error}") from error
     # Of tied tensors one is stored.
     unseen = set(expected) - seen - set(skeleton.all_tied_weights_keys)
@@ -280,7 +312,7 @@ def _check_tensor(tensor: torch.Tensor, key: str, expected: torch.Tensor | None)
         return [f"tensor {key!r} is {list(tensor.shape)}, expected {list(expected.shape)}"]
     if tensor.dtype != expected.dtype and not (tensor.is_floating_point() and expected.is_floating_point()):
         return [f"tensor {key!r} is of type {tensor.dtype}, expected {expected.dtype}"]
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+    if tensor.is_floating_point() and not torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all():
         return [f"tensor {key!r} holds NaN or infinity"]
     return []
 
@@ -297,8 +329,8 @@ def _skeleton(config: TwinMergingConfig) -> modeling.TwinMergingModel:
     try:
         with torch.device("meta"):
             return modeling.TwinMergingModel(config)
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise TwinMergingError(f"{LAYOUT.config} does not describe a model: {error}") from error
+    except Exception as error:  # Transformers' own classes fail in any way where sizes do not fit together
+        raise TwinMergingError(f"{LAYOUT.config} does not describe a model: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,16 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from twin_merging_hf.modeling.limits_twin_merging import check_sizes
 from twin_merging_hf.modeling.shared_twin_merging import LANGUAGE_MODELS, find_shared_class, refuse_language_model
 
-from .errors import TwinMergingError
+from .errors import TwinMergingError, without_tokens
 
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_MOST_CONFIG_CHARACTERS = 1 << 24
 _SETTINGS = ("config.json", "adapter_config.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
 
@@ -201,9 +203,12 @@ def resolve(source: str, folder: Path, role: str) -> Path:
     Raises:
         TwinMergingError: there is no such folder, and no such repository can be had from the Hub.
     """
-    local = _local_folder(source, folder)
-    if local.is_dir():
-        return local
+    try:
+        local = _local_folder(source, folder)
+        if local.is_dir():
+            return local
+    except (OSError, RuntimeError, ValueError) as error:  # such as `~nobody`, or a name that no file can have
+        raise TwinMergingError(f"{role}: {source!r} is not a folder: {error}") from error
     repo_id, _, revision = source.partition("@")
     if not _HUB_ID.fullmatch(repo_id) or repo_id in (".", "..") or source.startswith((".", "/", "~")):
         raise TwinMergingError(f"{role}: {local} is not a folder")
@@ -213,7 +218,7 @@ def resolve(source: str, folder: Path, role: str) -> Path:
     except Exception as error:
         raise TwinMergingError(
             f"{role}: {source!r} is neither a folder ({local} does not exist) nor available from the Hub "
-            f"({type(error).__name__}: {next(iter(str(error).splitlines()), 'no message')})"
+            f"({type(error).__name__}: {next(iter(without_tokens(str(error)).splitlines()), 'no message')})"
         ) from error
 
 
@@ -280,6 +285,10 @@ def _load_config(path: Path, role: str) -> PreTrainedConfig:
         hint = lora if (path / "adapter_config.json").is_file() else ""
         raise TwinMergingError(f"{role}: {path} has no config.json{hint}")
     try:
+        text = (path / "config.json").read_text(encoding="utf-8")
+        if len(text) > _MOST_CONFIG_CHARACTERS:
+            raise ValueError(f"{len(text)} characters, more than {_MOST_CONFIG_CHARACTERS}")
+        check_sizes(json.loads(text), "config")
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         raise TwinMergingError(
@@ -352,11 +361,14 @@ def _weight_files(path: Path, role: str) -> dict[str, Path]:
             raise TwinMergingError(f"{role}: {path} has no {_WEIGHTS}: {remedy}")
         located: dict[str, Path] = {}
         for shard in shards:
+            (path / shard).open("rb").close()  # of a forbidden file safetensors says that it is missing
             with safe_open(path / shard, framework="pt") as handle:
                 located.update(dict.fromkeys(handle.keys(), path / shard))
         return located
     except TwinMergingError:
         raise
+    except PermissionError as error:
+        raise TwinMergingError(f"{role}: {error.filename} cannot be read: {error.strerror}") from error
     except (SafetensorError, OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise TwinMergingError(f"{role}: the weights in {path} are damaged: {type(error).__name__}: {error}") from error
 

@@ -271,6 +271,36 @@ def verify(
             raise typer.Exit(1)
 
 
+@app.command()
+def upload(
+    artifact: Annotated[Path, typer.Argument(help="Folder of an artifact.")],
+    repo_id: Annotated[
+        str, typer.Argument(help="Repository on the Hub: NAME or NAMESPACE/NAME; made if it is not there.")
+    ],
+    private: Annotated[bool, typer.Option("--private", help="A repository that is made now is private.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, made if needed; or refs/pr/N.")] = None,
+    message: Annotated[str | None, typer.Option("-m", "--message", help="Commit message.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Check an artifact and upload it to the Hub as one commit; the token is HF_TOKEN or the stored login."""
+    from .hub_upload import push_artifact
+    from .progress import Progress
+
+    with _errors():
+        pushed = push_artifact(
+            artifact, repo_id, private=private or None, create_pr=create_pr, revision=revision, commit_message=message,
+            say=Progress(quiet).say,
+        )  # fmt: skip
+        typer.echo(f"uploaded {artifact} to {pushed.repo_id}: {pushed.pr_url or pushed.commit_url}")
+        if pushed.left:
+            typer.echo(f"not part of the artifact, so not uploaded: {', '.join(pushed.left)}")
+        typer.echo(
+            f'next: without this package, pin this commit: from_pretrained("{pushed.repo_id}", '
+            f'revision="{pushed.commit}", trust_remote_code=True)'
+        )
+
+
 _ARTIFACT = Annotated[Path, typer.Argument(help="Folder of an artifact; it stays as it is.")]
 _OUT = Annotated[Path, typer.Argument(help="Folder of the new artifact; must not exist.")]
 _MODEL = Annotated[str, typer.Option(help="The expert's checkpoint: a folder or a Hub id (id@revision).")]

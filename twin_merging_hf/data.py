@@ -92,15 +92,24 @@ def _row(line: str, where: str, kind: str, labels: list[str], regression: bool, 
                 raise TwinMergingError(f"{where}: `text_pair` must be a string, got {row['text_pair']!r}")
             checked["text_pair"] = row["text_pair"]
         return checked
-    image = folder / row["image"]
-    if not image.is_file():
-        raise TwinMergingError(f"{where}: image {image} does not exist")
-    try:
-        with require_extra("PIL.Image", "vision").open(image):
-            checked["image"] = image
-    except (OSError, SyntaxError) as error:
-        raise TwinMergingError(f"{where}: image {image} cannot be read: {error}") from error
+    checked["image"] = _image(folder / row["image"], where)
     return checked
+
+
+def _image(path: Path, where: str) -> Path:
+    """Check that an image can be opened, without reading its pixels."""
+    try:
+        found = path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        found = False
+    if not found:
+        raise TwinMergingError(f"{where}: image {path} does not exist")
+    images = require_extra("PIL.Image", "vision")
+    try:
+        with images.open(path):
+            return path
+    except Exception as error:  # also of pictures that are made to exhaust whoever opens them
+        raise TwinMergingError(f"{where}: image {path} cannot be read: {error}") from error
 
 
 def _check_kind(row: dict, where: str, kind: str) -> None:

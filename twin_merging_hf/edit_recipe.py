@@ -10,6 +10,7 @@ import yaml
 
 from .errors import TwinMergingError
 from .recipe import Recipe, load_recipe, parse_recipe
+from .safe_yaml import parse_yaml
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,12 @@ class StoredRecipe:
     """
 
     def __init__(self, text: str, given: Path | None, places: Sequence[Path]):
-        self.content: dict[str, Any] = (yaml.safe_load(text) if text.strip() else None) or {}
+        self.content: dict[str, Any] = _parsed(text)
         self.given, self.places = given, list(places)
         self.entries: dict[str, dict] = {_name(entry): entry for entry in self.content.get("experts", [])}
         if given is not None:
             load_recipe(given)  # says what is wrong with it
-            other = yaml.safe_load(given.read_text(encoding="utf-8"))
+            other = _parsed(given.read_text(encoding="utf-8"))
             self.content = self.content or dict(other)
             if "base_model" in self.content and "base_model" in other:
                 self.content["base_model"] = other["base_model"]
@@ -135,6 +136,14 @@ _HEADER = (
     "# Experts were added, removed or replaced after the build. The shared model is still the one merged from\n"
     "# {experts}; a new build of this file would merge another (see `edits` in report.json).\n"
 )
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        content = parse_yaml(text)
+    except ValueError as error:
+        raise TwinMergingError(f"the artifact's recipe is not valid YAML: {error}") from error
+    return content if isinstance(content, dict) else {}
 
 
 def _name(entry: dict) -> str:

@@ -1,11 +1,20 @@
 """The one error type for everything a user can fix, and the door to optional packages."""
 
 import importlib
+import re
 from types import ModuleType
 
 
 class TwinMergingError(ValueError):
     """Something in recipe, checkpoints, data or artifact that the user can fix. Says found, expected, remedy."""
+
+
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]{8,}")
+
+
+def without_tokens(text: str) -> str:
+    """A text for messages and logs, with every Hub token blotted out."""
+    return _TOKEN.sub("[token]", text)
 
 
 _PIP_NAMES = {"sklearn": "scikit-learn", "PIL": "pillow", "rouge_score": "rouge-score"}

@@ -17,13 +17,16 @@ def stray_files(folder: Path, code: set[str]) -> list[str]:
     Problems with files that an artifact must not have: pickles, code that is not the package's, two names that are one
     where case does not count.
     """
-    problems, seen = [], {}
+    problems: list[str] = []
+    seen: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.suffix.lower() in _PICKLES:
             problems.append(f"{name} may be a pickle, which can run code when it is read; remove it")
         if path.suffix == ".py" and name not in code and "__pycache__" not in path.parts:
             problems.append(f"{name} is not model code of the installed package; remove it")
+        if name == "adapter_config.json":
+            problems.append(f"{name} makes Transformers inject an adapter into the shared model; remove it")
         other = seen.setdefault(name.lower(), name)
         if other != name:
             problems.append(f"{other} and {name} are one file where case does not count; rename one")

@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from twin_merging_hf.modeling.configuration_twin_merging import ROUTER_PASSES, ROUTER_TYPES, check_expert_names
 
 from .errors import TwinMergingError
 from .merging import DEFAULTS
+from .safe_yaml import parse_yaml
 
 
 MERGE_METHODS = tuple(DEFAULTS)
@@ -157,10 +156,12 @@ def load_recipe(path: str | Path) -> Recipe:
         raise TwinMergingError(f"recipe {path} does not exist; `twin-merging init MODEL... -o recipe.yaml` writes one")
     try:
         text = path.read_text(encoding="utf-8")
-        content = yaml.load(text, Loader=_StrictLoader)
+        content = parse_yaml(text)
     except UnicodeDecodeError as error:
         raise TwinMergingError(f"{path}: not UTF-8 text ({error})") from error
-    except (yaml.YAMLError, ValueError, RecursionError, KeyError) as error:
+    except OSError as error:
+        raise TwinMergingError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise TwinMergingError(f"{path}: not valid YAML: {error}") from error
     try:
         return parse_recipe(content, folder=path.parent, text=text)
@@ -269,12 +270,12 @@ def _expert(raw: Any, index: int, folder: Path) -> ExpertSpec:
     raw = _mapping(raw, f"`experts[{index}]`", ("name", "model", "data", "labels", "parameters"))
     where = f"`experts[{index}]`"
     model = raw.get("model")
-    if not isinstance(model, str) or not model:
+    if not isinstance(model, str) or not _is_text(model):
         raise TwinMergingError(f"{where}: `model` must be a folder or a Hub id, got {model!r}")
     name = raw.get("name", re.sub(r"[^A-Za-z0-9_.-]", "-", model.split("@")[0].rstrip("/").split("/")[-1]))
     labels = raw.get("labels")
     if labels is not None:
-        strings = isinstance(labels, list) and all(isinstance(label, str) and label for label in labels)
+        strings = isinstance(labels, list) and all(isinstance(label, str) and _is_text(label) for label in labels)
         if not strings or not labels or len(set(labels)) != len(labels):
             raise TwinMergingError(
                 f"{where}: `labels` must be a list of different names (quote numbers), got {labels!r}"
@@ -454,6 +455,11 @@ def _flag(raw: dict, key: str, default: bool) -> bool:
     return value
 
 
+def _is_text(value: str) -> bool:
+    """Whether a string is not empty and has no half characters, which no file could hold."""
+    return bool(value) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def _optional_text(raw: dict, key: str) -> str | None:
     value = raw.get(key)
     if value is not None and (not isinstance(value, str) or not value):
@@ -469,25 +475,6 @@ def _patterns(raw: dict, key: str) -> tuple[str, ...]:
     for pattern in patterns:
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise TwinMergingError(f"`{key}`: {pattern!r} is not a regular expression: {error}") from error
     return tuple(patterns)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice instead of keeping the last one."""
-
-
-def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
-    for position, key in enumerate(keys):
-        if key in keys[:position]:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-    return loader.construct_mapping(node, deep=deep)
-
-
-def _construct_unique(loader: Any, node: Any) -> dict:
-    return _unique_mapping(loader, node, deep=True)
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_unique)

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
+from .safe_yaml import parse_yaml
 
 
-# Metadata of real cards is a few kilobytes; what is longer is not read.
+# Metadata of real cards is a few kilobytes, and stands first; what comes later is not read.
 _MOST_BYTES = 1 << 20
 _MOST_ITEMS = 100
 _LONGEST = 200
@@ -33,12 +33,8 @@ def _metadata(card: Path) -> dict:
             text = stream.read(_MOST_BYTES).decode("utf-8")
         if not text.startswith("---\n"):
             return {}
-        # Anchors could make a short text a huge object; no card needs them.
-        front = text[4:].split("\n---", 1)[0]
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(front, Loader=yaml.SafeLoader)):
-            return {}
-        content = yaml.safe_load(front)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        content = parse_yaml(text[4:].split("\n---", 1)[0])
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 

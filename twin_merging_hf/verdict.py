@@ -7,7 +7,16 @@ from typing import Any
 import torch
 
 from .checkpoints import Checkpoint
-from .evaluation import accuracy, agreement, artifact_outputs, checkpoint_model, model_outputs, pearson
+from .evaluation import (
+    ArtifactOutputs,
+    accuracy,
+    agreement,
+    artifact_outputs,
+    checkpoint_model,
+    model_outputs,
+    pearson,
+    regression_values,
+)
 from .language_evaluation import predicted_tokens, token_agreement
 from .preflight import Inputs
 from .router_training import RouterReport
@@ -32,6 +41,8 @@ class Verdict:
     worst_confusion: the largest share of one expert's rows that went to one other: expert, chosen, share.
     expert_scores: how well each expert itself does on these rows (`metric`: accuracy, or pearson for a regression; `score`;
         `rows`): what later scores are relative to, where the experts are no longer at hand; None of language models.
+    scores: how well the artifact does on these rows by the same metric, `routed` and `given`; a label of another expert's
+        is wrong.
     """
 
     agreement: dict[str, float] | None
@@ -40,6 +51,7 @@ class Verdict:
     router_accuracy: float | None
     worst_confusion: dict | None
     expert_scores: dict[str, dict] | None = None
+    scores: dict[str, dict] | None = None
 
 
 def reach_verdict(
@@ -50,7 +62,9 @@ def reach_verdict(
         return Verdict(None, None, None, None, None)
     assert inputs.processing is not None
     language = model.label_space.kind == "language"
-    routed, given, counts, own = {}, {}, {}, {}
+    routed, given, counts = {}, {}, {}
+    own: dict[str, dict] = {}
+    scores: dict[str, dict] = {}
     most = _LANGUAGE_ROWS if language else _ROWS
     bar = counter("comparing with the experts", sum(3 * min(most, len(rows.held_out)) for rows in inputs.rows))
     for index, (name, checkpoint) in enumerate(zip(inputs.recipe.names, inputs.experts, strict=True)):
@@ -60,16 +74,22 @@ def reach_verdict(
             routed[name], given[name] = _language_agreement(model, checkpoint, name, rows, inputs, bar.update)
             continue
         reference = model_outputs(checkpoint_model(checkpoint), rows, inputs.processing, bar.update)
-        if "tokens" not in rows[0]:  # tagged rows are scored by their own measures
-            own[name] = _own_score(reference, rows, inputs.entries[index]["problem_type"] == "regression")
         mean = mean_label(inputs.rows[index].train)
         by_itself = artifact_outputs(model, rows, inputs.processing, tick=bar.update)
         by_hand = artifact_outputs(model, rows, inputs.processing, name, tick=bar.update)
+        if "tokens" not in rows[0]:  # tagged rows are scored by their own measures
+            own[name] = _own_score(reference, rows, inputs.entries[index]["problem_type"] == "regression")
+            figures = {
+                how: _artifact_score(model, index, outputs, rows, mean)
+                for how, outputs in (("routed", by_itself), ("given", by_hand))
+            }
+            scores[name] = {"metric": own[name]["metric"], **figures}
         routed[name] = round(agreement(model, index, by_itself, reference, mean), 4)
         given[name] = round(agreement(model, index, by_hand, reference, mean), 4)
     bar.close()
     worst = worst_confusion(inputs.recipe.names, router.confusion)
-    return Verdict(routed, given, counts, round(router.accuracy, 4), worst, None if language else own)
+    figures_of = (None, None) if language else (own, scores)
+    return Verdict(routed, given, counts, round(router.accuracy, 4), worst, *figures_of)
 
 
 def _language_agreement(
@@ -98,6 +118,14 @@ def _own_score(outputs: torch.Tensor, rows: list[dict], regression: bool) -> dic
         labels = torch.tensor([row["label"] for row in rows])
         return {"metric": "pearson", "score": round(pearson(outputs[:, 0], labels), 6), "rows": len(rows)}
     return {"metric": "accuracy", "score": round(accuracy(outputs, rows), 6), "rows": len(rows)}
+
+
+def _artifact_score(model: Any, expert: int, outputs: ArtifactOutputs, rows: list[dict], mean: float) -> float:
+    """Score of an artifact's answers to rows of one expert's task, by the metric of `_own_score`."""
+    if model.label_space.regression[expert]:
+        labels = torch.tensor([row["label"] for row in rows])
+        return round(pearson(regression_values(model, expert, outputs, mean), labels), 6)
+    return round(accuracy(outputs.logits, rows, model.label_space.columns(expert)), 6)
 
 
 def mean_label(rows: list[dict]) -> float:

@@ -48,7 +48,7 @@ def test_the_hub_can_read_it(kind, artifact):
 def test_it_says_what_the_report_says(artifact):
     text, report = card_of(artifact).text, files.read_json(artifact / "report.json")
     assert [row[0] for row in table(text, "Experts")[2:]] == list(tiny.LABELS)
-    assert [row[3] for row in table(text, "Experts")[2:]] == [", ".join(labels) for labels in tiny.LABELS.values()]
+    assert [row[-1] for row in table(text, "Experts")[2:]] == [", ".join(labels) for labels in tiny.LABELS.values()]
     confusion = [[int(cell) for cell in row[1:]] for row in table(text, "Routing")[2:]]
     assert confusion == report["router"]["confusion"]
     agreement = {row[0]: row[2:] for row in table(text, "How close it comes to its experts")[2:]}
@@ -60,7 +60,7 @@ def test_it_says_what_the_report_says(artifact):
 
 def test_every_table_has_as_many_cells_in_each_row(artifact):
     text = card_of(artifact).text
-    for title in ("Experts", "Routing", "How close it comes to its experts"):
+    for title in ("Experts", "Routing", "How close it comes to its experts", "Scores"):
         assert len({len(row) for row in table(text, title)}) == 1
 
 
@@ -83,6 +83,7 @@ def test_folders_are_no_repositories_and_hub_ids_are(world, tmp_path, monkeypatc
     recipe = tiny.write_recipe(tmp_path, ("a", "b"), base_model="models/base", experts=experts, data=False)
     build_artifact(recipe, tmp_path / "out", Progress(quiet=True))
     data = card_of(tmp_path / "out").data
+    assert "https://huggingface.co/org/b" in card_of(tmp_path / "out").text
     assert data.base_model in ("org/b", ["org/b"]) and data.base_model_relation == "merge"
 
 
@@ -114,7 +115,7 @@ def test_a_recipe_made_in_python_says_so(world):
 def test_the_front_matter_is_plain_yaml(artifact):
     text = (artifact / "README.md").read_text(encoding="utf-8")
     _, front, _ = text.split("---\n", 2)
-    assert set(yaml.safe_load(front)) <= {"library_name", "pipeline_tag", "base_model", "base_model_relation", "tags"}
+    assert set(yaml.safe_load(front)) == {"library_name", "pipeline_tag", "tags", "model-index"}
 
 
 def test_writing_is_rendering(world, tmp_path):
@@ -122,3 +123,144 @@ def test_writing_is_rendering(world, tmp_path):
     report = files.read_json(folder / "report.json")
     write_card(tmp_path / "card.md", read_config(folder), report, "seed: 0", "text")
     assert (tmp_path / "card.md").read_text(encoding="utf-8") == rendered(folder)
+
+
+# ---- scores -----------------------------------------------------------------------------------------------------
+
+
+def metrics_of(card: ModelCard) -> dict[tuple[str, str], float]:
+    """Values of the model-index as the Hub reads it, by task and metric."""
+    return {(result.dataset_name, result.metric_type): result.metric_value for result in card.data.eval_results or []}
+
+
+def test_scores_of_the_build_are_raw_and_normalised(artifact):
+    verdict = files.read_json(artifact / "report.json")["verdict"]
+    found = metrics_of(card_of(artifact))
+    for name in tiny.LABELS:
+        routed, own = verdict["scores"][name]["routed"], verdict["expert_scores"][name]["score"]
+        assert found[name, "accuracy"] == routed
+        assert found.get((name, "normalised_accuracy")) == (pytest.approx(100 * routed / own) if own else None)
+    rows = {row[0]: row for row in table(card_of(artifact).text, "Scores")[2:]}
+    assert set(rows) == set(tiny.LABELS)
+    assert rows["b"][3] == f"{verdict['expert_scores']['b']['score']:.3f}"
+
+
+EVALUATION = {
+    "data": {"b": {"file": "/home/me/b.jsonl", "rows": 50, "metric": "macro_f1"}},
+    "experts": {"scores": {"b": 0.8}, "source": "the experts themselves, on these rows"},
+    "routed": {"raw": {"b": 0.6}},
+    "given": {"raw": {"b": 0.7}},
+    "merges": {"linear": {"raw": {"b": 0.5}}, "ties": {"raw": {"b": 0.4}}},
+}
+
+
+def test_an_evaluation_replaces_the_builds_scores(world):
+    folder = world.artifact("bert")
+    report = files.read_json(folder / "report.json")
+    card = ModelCard(render_card(read_config(folder), report, "", "text", evaluation=EVALUATION))
+    assert metrics_of(card) == {("b", "macro_f1"): 0.6, ("b", "normalised_macro_f1"): 75.0}
+    header, _, row = table(card.text, "Scores")
+    assert header[-2:] == ["static: linear", "static: ties"]
+    assert row == ["b", "macro_f1", "50", "0.800", "0.600 (75.0%)", "0.700 (87.5%)", "0.500 (62.5%)", "0.400 (50.0%)"]
+    assert "The worst task is b, at 75.0%" in card.text and "/home/me" not in str(card)
+
+
+def test_an_expert_that_scores_nothing_has_no_normalised_score(world):
+    folder = world.artifact("bert")
+    evaluation = {**EVALUATION, "experts": {"scores": {"b": 0.0}, "source": ""}, "merges": {}}
+    report = files.read_json(folder / "report.json")
+    card = ModelCard(render_card(read_config(folder), report, "", "text", evaluation=evaluation))
+    assert metrics_of(card) == {("b", "macro_f1"): 0.6} and "worst task" not in card.text
+
+
+def test_scores_that_were_not_measured_are_not_claimed(world):
+    card = card_of(world.artifact("bert", router={"type": "projection"}, data=False))
+    assert card.data.eval_results is None and "twin-merging evaluate" in card.text.split("## Scores")[1][:200]
+
+
+# ---- sources ----------------------------------------------------------------------------------------------------
+
+
+def with_sources(folder: Path, **sources: dict) -> ModelCard:
+    config = copy.deepcopy(read_config(folder))
+    config.provenance["sources"] = {
+        name: {"model": name, "from_hub": False, "sha256": "0" * 64, **facts} for name, facts in sources.items()
+    }
+    return ModelCard(render_card(config, files.read_json(folder / "report.json"), "", "text"))
+
+
+def hub(model: str, **facts) -> dict:
+    return {"model": model, "from_hub": True, "revision": "f" * 40, **facts}
+
+
+def test_the_base_comes_first_and_every_source_has_its_commit(world):
+    card = with_sources(world.artifact("bert"), a=hub("org/a@v1"), b=hub("org/b"), base=hub("org/base"), c={})
+    assert card.data.base_model == ["org/base", "org/a", "org/b"]
+    rows = {row[0]: row for row in table(card.text, "Experts")[2:]}
+    assert rows["a"][1] == "[org/a](https://huggingface.co/org/a)" and rows["a"][2] == "`ffffffffffff`"
+    assert rows["c"][1] == "`c`" and rows["c"][2] == "sha256 `000000000000`"
+
+
+MIT, APACHE, NC = {"license": "mit"}, {"license": "Apache-2.0"}, {"license": "cc-by-nc-4.0"}
+OWN = {"license": "other", "license_name": "llama3"}
+# licences of a, b, c -> licence in the metadata, what the card says
+LICENCES = {
+    "all the same": ((MIT, MIT, MIT), "mit", "All sources with a recorded licence are under mit."),
+    "permissive": ((MIT, APACHE, MIT), "other", "The sources are under apache-2.0, mit; keep the notices"),
+    "in conflict": ((MIT, NC, MIT), "other", "(cc-by-nc-4.0, mit) and may conflict"),
+    "own ones": ((OWN, NC, OWN), "other", "(cc-by-nc-4.0, llama3) and may conflict"),
+    "one unknown": ((MIT, {}, MIT), "other", "No licence is recorded for b:"),
+    "several of one source": (({"license": ["mit", "gpl-3.0"]}, MIT, MIT), "other", "may conflict"),
+    "all unknown": (({}, {}, {}), None, "No source records a licence"),
+}
+
+
+@pytest.mark.parametrize("case", LICENCES)
+def test_licences(world, case):
+    sources, licence, text = LICENCES[case]
+    card = with_sources(world.artifact("bert"), **dict(zip("abc", sources, strict=True)))
+    assert card.data.license == licence
+    assert text in card.text.split("## Licences")[1].split("## ")[0]
+
+
+def test_data_sets_of_the_sources_are_named(world):
+    a, b = hub("org/a", datasets=["glue", "org/data"]), hub("org/b", datasets=["glue", "no data set"])
+    assert with_sources(world.artifact("bert"), a=a, b=b, c={}).data.datasets == ["glue", "org/data"]
+
+
+# ---- the whole card ---------------------------------------------------------------------------------------------
+
+CARDS = {
+    "bert": {},
+    "vit": {},
+    "bert-tokens": {},
+    "bert, a regression": {"labels": {"a": ["x", "y"], "b": ["value"]}},
+    "bert, no data": {"router": {"type": "projection"}, "data": False},
+    "bert, sparse": {"exclusive": {"method": "magnitude", "ratio": 0.1}},
+}
+
+
+@pytest.mark.parametrize("case", CARDS)
+def test_no_section_is_empty(world, case):
+    kind, recipe = case.split(",")[0], dict(CARDS[case])
+    labels = recipe.pop("labels", tiny.TAGS if kind == "bert-tokens" else None)
+    card = card_of(world.artifact(kind, labels, **recipe))
+    sections = card.text.split("\n## ")[1:]
+    assert len(sections) == 10
+    for section in sections:
+        title, body = section.split("\n", 1)
+        assert len(body.strip()) > 20, title
+        assert "None" not in body and "nan" not in body.split() and "{" not in body.split("```")[0], section
+    assert card.data.pipeline_tag and card.data.library_name == "transformers"
+
+
+def test_both_papers_are_cited(artifact):
+    text = card_of(artifact).text
+    assert "2406.15479" in text and "2403.01753" in text and text.count("@inproceedings") == 2
+
+
+def test_a_very_long_label_is_cut(world):
+    config = copy.deepcopy(read_config(world.artifact("bert")))
+    config.experts[0]["labels"] = ["x" * 100_000, "y"]
+    text = render_card(config, files.read_json(world.artifact("bert") / "report.json"), "", "text")
+    assert len(text) < 20_000

@@ -1,0 +1,210 @@
+"""An artifact to the Hub: checked first, as one commit, under a card that names its repository."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from twin_merging_hf.artifact import LAYOUT, code_files, read_config, weight_files
+from twin_merging_hf.errors import TwinMergingError, without_tokens
+from twin_merging_hf.modeling import TwinMergingConfig
+from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
+from twin_merging_hf.reload import check_whole
+
+from .model_card import LOCATION, render_card
+
+
+# The client's own base class for broken connections; its module differs between versions of the client.
+_HTTP_ERROR: type[Exception] = next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
+_KINDS = {
+    "AutoModelForImageClassification": "image",
+    "AutoModelForTokenClassification": "tokens",
+    "AutoModelForCausalLM": "prompt",
+    "AutoModelForSeq2SeqLM": "prompt",
+    "AutoModelForMaskedLM": "masked",
+}
+_OPTIONAL = ("generation_config.json",)
+_QUOTA_CODES = (402, 413, 507)
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """
+    What an upload did. commit: hash that readers should pin. pr_url: of the pull request, if one was opened.
+    left: files of the folder that are no part of the artifact and stayed here.
+    """
+
+    repo_id: str
+    commit: str
+    commit_url: str
+    pr_url: str | None
+    left: list[str]
+
+
+def push_artifact(
+    artifact: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    create_pr: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+    say: Callable[[str], object] = lambda message: None,
+) -> Pushed:
+    """
+    Upload an artifact as one commit, so that a reader gets all of the old one or all of the new one.
+
+    The repository is made if it does not exist (not for a pull request). Weights, index and model code of an earlier
+    artifact that this one does not have are deleted in the same commit. Doing it again uploads nothing twice, also after an
+    interruption.
+
+    Args:
+        private: of a repository that is made now; None: the account's default.
+        create_pr: open a pull request instead of committing.
+        revision: branch, made if needed; or `refs/pr/N` to add to a pull request.
+        token: as in huggingface_hub; None: HF_TOKEN or the stored login.
+        say: takes sentences on progress.
+
+    Raises:
+        TwinMergingError: the artifact does not pass `check_whole`, holds a link to outside of its folder, or the Hub
+            refuses (no such repository, bad token, no permission, quota, broken connection).
+    """
+    folder = Path(artifact)
+    if create_pr and revision not in (None, "main"):
+        raise TwinMergingError("a pull request is opened against main: give either `create_pr` or `revision`, not both")
+    say("checking the artifact")
+    problems = check_whole(folder)
+    if problems:
+        raise TwinMergingError(
+            f"{folder} is not whole, so it is not uploaded:\n" + "\n".join(f"  - {p}" for p in problems)
+        )
+    config = read_config(folder)
+    names = artifact_files(folder, config)
+    card = card_for(folder, config, repo_id)
+    additions = [CommitOperationAdd(name, card.encode() if name == LAYOUT.card else folder / name) for name in names]
+    try:
+        return _push(
+            HfApi(token=token), repo_id, additions, private, create_pr, revision,
+            commit_message or "Upload Twin-Merging artifact", _left(folder, names), say,
+        )  # fmt: skip
+    except (_HTTP_ERROR, LocalTokenNotFoundError, OSError, ValueError, RuntimeError) as error:
+        raise TwinMergingError(_explain(error, repo_id, create_pr, token)) from None
+
+
+def _push(api, repo_id, additions, private, create_pr, revision, message, left, say) -> Pushed:
+    """All calls of the Hub."""
+    if not create_pr:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and revision != "main" and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+    kept = {addition.path_in_repo for addition in additions}
+    stale = [name for name in api.list_repo_files(repo_id, revision=revision) if name not in kept and _is_ours(name)]
+    say(f"uploading {len(additions)} files to {repo_id}")
+    commit = api.create_commit(
+        repo_id,
+        [*additions, *(CommitOperationDelete(name) for name in stale)],
+        commit_message=message,
+        revision=revision,
+        create_pr=create_pr,
+    )
+    return Pushed(repo_id, commit.oid, commit.commit_url, commit.pr_url, left)
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a file of the repository would be read together with an artifact's."""
+    weights = name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
+    return "/" not in name and (weights or name.endswith("_twin_merging.py"))
+
+
+def artifact_files(folder: Path, config: TwinMergingConfig) -> list[str]:
+    """
+    Names of the files that make up an artifact; whatever else lies in its folder is no part of it.
+
+    Raises:
+        TwinMergingError: one of them is a link to outside of the folder, whose content nobody meant to publish.
+    """
+    wanted = [
+        LAYOUT.config,
+        LAYOUT.card,
+        *(file.name for file in code_files()),
+        *config.provenance.get("companions", []),
+    ]
+    optional = [*_OPTIONAL, LAYOUT.index, LAYOUT.evaluation, LAYOUT.evaluation_picture]
+    wanted += [file.name for file in weight_files(folder)] + [name for name in optional if (folder / name).is_file()]
+    names = sorted(set(wanted))
+    for name in names:
+        path = folder / name
+        if path.resolve().parent != folder.resolve():
+            raise TwinMergingError(
+                f"{path} is a link to {path.resolve()}, outside of the artifact; put the file itself there"
+            )
+    return names
+
+
+def _left(folder: Path, names: list[str]) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name not in names and path.name != "__pycache__")
+
+
+def card_for(folder: Path, config: TwinMergingConfig, repo_id: str) -> str:
+    """
+    The card to upload: rendered again with the repository's name and the scores of an evaluation.json in the folder; a card
+    that was edited by hand keeps every word, with the name in its place.
+
+    Raises:
+        TwinMergingError: the evaluation cannot be read, or is of other experts.
+    """
+    written = (folder / LAYOUT.card).read_text(encoding="utf-8")
+    report = json.loads((folder / LAYOUT.report).read_text(encoding="utf-8"))
+    recipe = (folder / LAYOUT.recipe).read_text(encoding="utf-8")
+    kind = _KINDS.get(find_shared_class(config.shared_class)[1], "text")
+    if written != render_card(config, report, recipe, kind):
+        return written.replace(LOCATION, repo_id)
+    return render_card(config, report, recipe, kind, location=repo_id, evaluation=_evaluation(folder, config))
+
+
+def _evaluation(folder: Path, config: TwinMergingConfig) -> dict | None:
+    path = folder / LAYOUT.evaluation
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        unknown = [name for name in content["data"] if name not in config.expert_names]
+        if unknown:
+            raise ValueError(f"it is about {unknown[0]!r}, which is no expert of this artifact")
+        for key in ("routed", "given"):
+            content[key]["raw"]
+        return {**content, "experts": dict(content["experts"]), "merges": dict(content["merges"])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise TwinMergingError(f"{path} cannot be read ({error}); write it with `twin-merging evaluate -o`") from error
+
+
+def _explain(error: Exception, repo_id: str, create_pr: bool, token: str | bool | None) -> str:
+    """One sentence on what the Hub refused and what to do; no token stands in it."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    text = without_tokens(" ".join(str(error).split()))
+    if isinstance(token, str) and token:
+        text = text.replace(token, "[token]")
+    if isinstance(error, LocalTokenNotFoundError) or status == 401:
+        advice = "the token is missing or not valid; log in with `hf auth login`, or set HF_TOKEN"
+    elif isinstance(error, RevisionNotFoundError):
+        advice = "there is no such revision; `refs/pr/N` must be an open pull request"
+    elif isinstance(error, RepositoryNotFoundError) or status == 404:
+        advice = "there is no such repository" + ("; without a pull request it would be made" if create_pr else "")
+    elif status in _QUOTA_CODES or (status == 403 and "storage" in text.lower()):
+        advice = "the account's storage is full; free some, or upload to another namespace"
+    elif status == 403:
+        advice = "the token may not write there; use one with write permission for this repository"
+    elif status is not None and status < 500 and status != 429:
+        advice = "the Hub refuses the request"
+    else:
+        advice = "the upload broke off; run it again, and what is there already is not sent twice"
+    return f"{repo_id}: {advice} ({type(error).__name__}: {text[:500]})"
