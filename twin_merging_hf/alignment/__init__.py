@@ -13,6 +13,8 @@ Alignment of experts that do not share an initialisation (MuDSC, arXiv 2403.0175
 - `AlignmentResult`, `AlignmentReport`, `Permutation`
 - `register_spec(model_type, spec, example, inputs=None)` with `Spec`, `Site`, `Hook`, `rule`: symmetries of your own models
 - `verify_spec(model)`, `layout_of(model)`: proof that a specification leaves a model's function unchanged; what it covers
+- `merge_models(models, batches=None, *, mode="align", weight_share=0.5, heads="average", ...)`: one checkpoint by `average`
+  (the baseline), `align` or `zip`; `Merge.apply(model, batches)` puts it into a model
 - `reestimate_batch_norm(model, batches)`
 
 Weights alone (`weight_share=1`) are Git Re-Basin's matching, activations alone (`weight_share=0`) ZipIt's, between is MuDSC.
@@ -20,6 +22,7 @@ Weights alone (`weight_share=1`) are Git Re-Basin's matching, activations alone 
 
 from .align import AlignmentResult, align, align_all, checked_layout
 from .batchnorm import has_batch_norm, reestimate_batch_norm
+from .merge import MODES, Merge, merge_models
 from .permutation import Permutation
 from .registry import layout_of, register_spec, verify_spec
 from .report import AlignmentReport, SiteReport
@@ -30,7 +33,9 @@ __all__ = [
     "AlignmentReport",
     "AlignmentResult",
     "Hook",
+    "MODES",
     "Layout",
+    "Merge",
     "Permutation",
     "Rule",
     "Site",
@@ -41,6 +46,7 @@ __all__ = [
     "checked_layout",
     "has_batch_norm",
     "layout_of",
+    "merge_models",
     "reestimate_batch_norm",
     "register_spec",
     "rule",

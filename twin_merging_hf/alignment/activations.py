@@ -5,7 +5,7 @@ Every token that is no padding, and every pixel, is a sample. Sums are taken of 
 so that a unit with a large mean and hardly any variance does not drown in rounding.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,11 +66,15 @@ class Moments:
 
 
 @contextmanager
-def _captured(model: nn.Module, layout: Layout, store: dict[str, list[torch.Tensor]]) -> Iterator[None]:
-    """While in here, the hooked modules' features go into `store`, by path, each [.., feature] as it comes."""
+def captured(
+    model: nn.Module, layout: Layout, store: dict[str, list[torch.Tensor]], wanted: Collection[str] | None = None
+) -> Iterator[None]:
+    """While in here, the (wanted) hooked modules' features go into `store`, by the hook's path, as they come."""
     handles = []
     try:
         for hook in layout.hooks:
+            if wanted is not None and hook.path not in wanted:
+                continue
             module = model.get_submodule(hook.module)
 
             def keep(module: nn.Module, args: Any, output: Any = None, path: str = hook.path) -> None:
@@ -139,7 +143,7 @@ def activation_similarities(
         for batch in batches:
             kept: list[dict[str, list[torch.Tensor]]] = [{}, {}]
             for model, store in zip((reference, expert), kept, strict=True):
-                with _captured(model, layout, store):
+                with captured(model, layout, store):
                     run(model, batch)
             for text, values in kept[0].items():
                 for pair in zip(values, kept[1].pop(text), strict=True):

@@ -5,14 +5,18 @@ from typing import Any
 from .spec import Hook, Rule, Site, Spec, rule
 
 
+NORMED = "a norm's statistics count every channel, so merging two changes all others"
+_MULTIPLIED = "queries and keys are multiplied with each other, and nothing takes a merge of both back"
+
+
 def attention_sites(width: int, heads: int, feed_forward: int) -> tuple[Site, ...]:
     """Residual stream, coupled heads, feed-forward units of a transformer without rotary positions and with LayerNorm."""
     dim = width // heads
     return (
-        Site("res", width),
+        Site("res", width, why_not=NORMED),
         Site("h.{i}", heads),
         # Query and key are multiplied with each other, value and output follow one another: signs are free in both.
-        Site("qk.{i}", dim, parent="h.{i}", signed=True),
+        Site("qk.{i}", dim, parent="h.{i}", signed=True, why_not=_MULTIPLIED),
         Site("vo.{i}", dim, parent="h.{i}", signed=True, zips=True),
         Site("ff.{i}", feed_forward, zips=True),
     )
@@ -50,7 +54,7 @@ def bert(config: Any, names: set[str]) -> Spec:
         sites=(
             *attention_sites(config.hidden_size, config.num_attention_heads, config.intermediate_size),
             *([Site("pool", config.hidden_size, zips=True)] if pooled else []),
-            *([Site("mlm", config.hidden_size)] if transform == "mlm" else []),
+            *([Site("mlm", config.hidden_size, why_not=NORMED)] if transform == "mlm" else []),
         ),
         rules=(
             *_encoder("bert"),
@@ -81,7 +85,7 @@ def roberta(config: Any, names: set[str]) -> Spec:
                 if {"classifier.dense.weight", _ROBERTA_POOL} & names
                 else []
             ),
-            *([Site("mlm", config.hidden_size)] if transform == "mlm" else []),
+            *([Site("mlm", config.hidden_size, why_not=NORMED)] if transform == "mlm" else []),
         ),
         rules=(
             *_encoder("roberta"),
@@ -126,7 +130,7 @@ def distilbert(config: Any, names: set[str]) -> Spec:
         sites=(
             *attention_sites(config.dim, config.n_heads, config.hidden_dim),
             *([Site("pool", config.dim, zips=True)] if pooled else []),
-            *([Site("mlm", config.dim)] if transform == "mlm" else []),
+            *([Site("mlm", config.dim, why_not=NORMED)] if transform == "mlm" else []),
         ),
         rules=(
             rule("distilbert.embeddings.{word_embeddings,position_embeddings}.weight", None, "+res"),
@@ -204,7 +208,7 @@ def llama(config: Any, names: set[str]) -> Spec:
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Spec(
         sites=(
-            Site("res", config.hidden_size, signed=True),
+            Site("res", config.hidden_size, signed=True, why_not=NORMED),
             Site("kv.{i}", groups),
             Site("rep.{i}", config.num_attention_heads // groups, parent="kv.{i}"),
             Site("qk.{i}", dim, parent="kv.{i}", fixed=True),

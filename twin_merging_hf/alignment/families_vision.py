@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .families_text import attention_sites, small_bert
+from .families_text import NORMED, attention_sites, small_bert
 from .spec import Hook, Rule, Site, Spec, rule
 
 
@@ -113,7 +113,8 @@ class _BitSpec:
         ]
 
     def _site(self, name: str, width: int) -> str:
-        self.sites += [Site(f"g.{name}", self.groups), Site(f"c.{name}", width // self.groups, parent=f"g.{name}")]
+        channels = Site(f"c.{name}", width // self.groups, parent=f"g.{name}", why_not=NORMED)
+        self.sites += [Site(f"g.{name}", self.groups), channels]
         return f"g.{name}/c.{name}"
 
     def block(self, at: str, name: str) -> None:

@@ -18,7 +18,7 @@ each axis of a tensor, which site indexes it:
 
 import itertools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,8 @@ class Site:
     parent: the site for each unit of which there is a permutation of its own (heads, groups of a GroupNorm).
     fixed: only the identity is legal, as for query and key dimensions under rotary positions.
     signed: a unit's sign may be flipped too.
-    zips: merging duplicate units is exact here (nothing normalises over these units, nothing multiplies two of them).
+    zips: merging duplicate units is exact here (nothing normalises over these units, nothing multiplies two of them);
+        `why_not` says what is in the way.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Site:
     fixed: bool = False
     signed: bool = False
     zips: bool = False
+    why_not: str = ""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def _sites(spec: Spec) -> list[Site]:
         for i in range(spec.layers) if "{i}" in site.name else [0]:
             parent = None if site.parent is None else site.parent.replace("{i}", str(i))
             name = site.name.replace("{i}", str(i))
-            found.append(Site(name, site.size, parent, site.fixed, site.signed, site.zips))
+            found.append(replace(site, name=name, parent=parent))
     return found
 
 
