@@ -73,8 +73,17 @@ ALLOWED: dict[str, set[str]] = {
         "router_choice", "router_training", "separation",
     },
     "calibration": {"evaluation", "modeling", "preflight", "temperature"},
+    "initialisation": {"checkpoints"},
+    "align_experts": {
+        "alignment", "checkpoints", "data", "errors", "evaluation", "inference", "initialisation", "preflight", "progress",
+        "recipe",
+    },
+    "align_folders": {
+        "align_experts", "alignment", "artifact", "errors", "inference", "pictures", "preflight", "progress", "recipe",
+    },
     "builder": {
-        "_version", "artifact", "build_router", "calibration", "checkpoints", "errors", "hub_upload", "modeling", "pictures",
+        "_version", "align_experts", "artifact", "build_router", "calibration", "checkpoints", "errors", "hub_upload",
+        "modeling", "pictures",
         "preflight", "probe", "progress", "recipe", "row_hashes", "separation", "source_card", "verdict",
     },
     "tuned_recipe": {"errors", "recipe"},
@@ -111,8 +120,8 @@ ALLOWED: dict[str, set[str]] = {
         "errors", "modeling", "preflight", "processing", "progress", "recipe", "separation", "stacking", "verdict",
     },
     "cli": {
-        "_version", "artifact", "builder", "demo", "editing", "errors", "evaluate_artifact", "evaluate_table", "hub_upload",
-        "progress", "reload", "starter", "tuning", "verdict", "verification",
+        "_version", "align_folders", "artifact", "builder", "demo", "editing", "errors", "evaluate_artifact",
+        "evaluate_table", "hub_upload", "progress", "reload", "starter", "tuning", "verdict", "verification",
     },
     "__init__": {"_version", "errors", "modeling"},
 }  # fmt: skip

@@ -219,7 +219,7 @@ BAD = {
     "seed text": ({**MINIMAL, "seed": "1"}, ["seed", "integer"]),
     "seed beyond what torch takes": ({**MINIMAL, "seed": 1 << 64}, ["seed"]),
     "trust text": ({**MINIMAL, "trust_remote_code": "yes"}, ["trust_remote_code", "true or false"]),
-    "alignment": ({**MINIMAL, "alignment": "auto"}, ["alignment", "none"]),
+    "alignment": ({**MINIMAL, "alignment": "zip"}, ["alignment", "none", "cannot be undone", "--mode zip"]),
     "name with a slash": (one(name="a/b"), ["'a/b'", "letters"]),
     "name with a space": (one(name="a b"), ["'a b'", "letters"]),
     "name with a newline": (one(name="a\n"), ["letters"]),

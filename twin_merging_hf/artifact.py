@@ -53,9 +53,12 @@ def code_files() -> list[Path]:
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
+def staged(out: Path, artifact: bool = True) -> Iterator[Path]:
     """
     Give a staging folder that becomes `out` when the block ends well, and disappears when it does not.
+
+    Args:
+        artifact: False: something else than an artifact, which needs no care about its config.
 
     The block writes the config as `LAYOUT.unfinished_config`; it gets its name at the very end, so that a killed process
     leaves only a hidden folder that does not load, which the next build of `out` removes.
@@ -76,7 +79,8 @@ def staged(out: Path) -> Iterator[Path]:
         try:
             yield staging
             refuse_existing(out)
-            os.rename(staging / LAYOUT.unfinished_config, staging / LAYOUT.config)
+            if artifact:
+                os.rename(staging / LAYOUT.unfinished_config, staging / LAYOUT.config)
             os.rename(staging, out)
         except (OSError, SafetensorError) as error:
             reason = _storage_error(error)

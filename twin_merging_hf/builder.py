@@ -17,6 +17,7 @@ from twin_merging_hf.modeling.modeling_twin_merging import AUTO_MAP
 from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
 
 from ._version import __version__
+from .align_experts import align_inputs
 from .artifact import LAYOUT, Storage, check_files, label_fields, refuse_existing, staged, storage, write_json
 from .build_router import make_router, router_type
 from .calibration import calibrate, calibration_rows
@@ -92,6 +93,7 @@ def build_artifact(recipe: Recipe | str | Path, out: str | Path, progress: Progr
     progress.say("checking recipe, checkpoints and data")
     inputs = preflight(recipe, progress.say)
     try:
+        inputs = align_inputs(inputs, progress)
         with staged(out) as folder, no_loading_bars():
             report, verdict = _build_into(folder, inputs, progress)
     finally:
@@ -253,6 +255,7 @@ def _report(folder, config, separation, inputs, router, difference, verdict) -> 
         "storage": {**asdict(sizes), "total": sizes.total, "ratio": round(sizes.ratio, 4)},
         "exclusive": {**asdict(inputs.recipe.exclusive), "dtype": config.factor_dtype, **separation.summary()},
         "router": asdict(router) if router else {"type": config.router_type, "held_out_rows": 0},
+        **({"alignment": inputs.alignment} if inputs.alignment else {}),
         "probe": {"largest_relative_difference": float(f"{difference:.1e}")},
         "verdict": asdict(verdict),
         "data": data_report(inputs),

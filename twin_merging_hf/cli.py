@@ -155,6 +155,29 @@ def _print_plan(plan, recipe: Path, out: Path) -> None:
 
 
 @app.command()
+def align(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML); its `alignment` may say how.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    mode: Annotated[
+        str, typer.Option(help="align: a checkpoint for each expert; zip: one merged checkpoint.")
+    ] = "align",
+    heads: Annotated[str, typer.Option(help="Heads of a zip: keep each expert's own, or average them.")] = "keep",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Bring experts of different initialisation to one order of units (MuDSC), without building."""
+    from .align_folders import align_recipe, describe_alignment
+    from .progress import Progress
+
+    with _errors(out):
+        result = align_recipe(recipe, out, mode, heads, Progress(quiet))
+        for line in describe_alignment(result.report):
+            typer.echo(line)
+        for note in result.report["notes"]:
+            typer.echo(f"note: {note}")
+        typer.echo(f"\nwrote {out}")
+
+
+@app.command()
 def tune(
     recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML); every expert needs `data`.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Tuned recipe to write; scores go beside it.")] = Path(

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,16 @@ class ExpertRows:
     held_out: list[dict]
 
 
-def read_rows(path: Path, kind: str, labels: list[str], regression: bool) -> list[dict]:
+def read_rows(
+    path: Path, kind: str, labels: list[str], regression: bool, prepare: Callable[[str], str] = lambda line: line
+) -> list[dict]:
     """
     Read and check a JSONL file.
 
     Args:
         kind: `text`, `image`, `tokens`, `prompt` or `masked`.
         labels: the expert's label names, in id order.
+        prepare: what is done to each line first.
 
     Raises:
         TwinMergingError: the file is missing, empty or holds a malformed row (named by its line number).
@@ -57,12 +61,29 @@ def read_rows(path: Path, kind: str, labels: list[str], regression: bool) -> lis
         with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    rows.append(_row(line, f"{path}, line {number}", kind, labels, regression, path.parent))
+                    rows.append(_row(prepare(line), f"{path}, line {number}", kind, labels, regression, path.parent))
     except UnicodeDecodeError as error:
         raise TwinMergingError(f"{path}: not UTF-8 text ({error})") from error
     if not rows:
         raise TwinMergingError(f"{path} has no rows")
     return rows
+
+
+def read_calibration_rows(path: Path, kind: str) -> list[dict]:
+    """Rows of which only the inputs count: labels and tags may be missing or of any task. Raises as `read_rows`."""
+
+    def without_labels(line: str) -> str:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            return line  # complained about with its number
+        if isinstance(row, dict) and kind in ("text", "image"):
+            row["label"] = 0
+        elif isinstance(row, dict) and isinstance(row.get("tokens"), list):
+            row["tags"] = [0] * len(row["tokens"])
+        return json.dumps(row)
+
+    return read_rows(path, kind, ["O"], kind in ("text", "image"), without_labels)
 
 
 def _row(line: str, where: str, kind: str, labels: list[str], regression: bool, folder: Path) -> dict:

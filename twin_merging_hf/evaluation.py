@@ -17,8 +17,10 @@ from .shared_merge import merge_tensor
 
 
 def checkpoint_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The expert itself, as its own stock class, float32."""
-    return checkpoint.task_class.from_pretrained(checkpoint.path, dtype=torch.float32).eval()
+    """The expert itself, as its own stock class, float32; of an aligned one, in its new order."""
+    model = checkpoint.task_class.from_pretrained(checkpoint.path, dtype=torch.float32).eval()
+    checkpoint.settle(model)
+    return model
 
 
 def static_merge(inputs: Inputs, expert: int, method: str, recipe: Recipe | None = None) -> PreTrainedModel:

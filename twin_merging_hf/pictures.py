@@ -70,6 +70,30 @@ def draw_evaluation(
     _save(figure, path)
 
 
+def draw_alignment(path: Path, experts: dict[str, dict]) -> None:
+    """
+    Draw alignments: the objective by sweep against the identity's, and matched similarity by site before and after.
+
+    Args:
+        experts: by name, as in an alignment's report.
+    """
+    figure, panels = _figure(11, 4, columns=2)
+    for name, found in experts.items():
+        line = panels[0].plot(range(len(found["objectives"])), found["objectives"], marker="o", label=name)[0]
+        panels[0].axhline(found["identity_objective"], linestyle=":", color=line.get_color())
+        sites = {site: values for site, values in found["sites"].items() if values["similarity"] is not None}
+        panels[1].plot(range(len(sites)), [values["similarity"] for values in sites.values()], color=line.get_color())
+        identity = [values["identity_similarity"] for values in sites.values()]
+        panels[1].plot(range(len(sites)), identity, linestyle=":", color=line.get_color())
+        step = max(1, len(sites) // 24)
+        panels[1].set_xticks(range(0, len(sites), step), list(sites)[::step], rotation=90)
+    panels[0].set_xlabel("sweep")
+    panels[0].set_ylabel("mean similarity of matched units")
+    panels[1].set_title("by site (dotted: nothing moved)")
+    figure.legend(*panels[0].get_legend_handles_labels(), ncols=4, loc="outside lower center", frameon=False)
+    _save(figure, path)
+
+
 def draw_scores(path: Path, rows: list[tuple[str, dict[str, float]]], title: str) -> None:
     """Draw a table of scores as grouped bars: for each (method, score by task)."""
     tasks = list(rows[0][1])

@@ -56,6 +56,8 @@ class Inputs:
     notes: list[str]
     before_routing: frozenset[str] = frozenset()
     """Parameters that get no delta because they act before a `late` router has read."""
+    alignment: dict | None = None
+    """What alignment found, for report.json; None where nothing was aligned."""
     thresholds: dict[tuple[float, torch.dtype], tuple[float, ...]] = field(default_factory=dict, repr=False)
     """What TIES keeps of each expert, by density and type of computing; filled where it is needed first."""
 

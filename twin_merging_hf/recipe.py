@@ -106,6 +106,23 @@ class RouterSettings:
 
 
 @dataclass(frozen=True)
+class AlignmentSettings:
+    """How experts of different initialisation are brought to one order of units before the split (MuDSC)."""
+
+    method: str = "mudsc"
+    """`mudsc`, or `auto`: where weights look like those of different initialisations."""
+    weight_share: float | None = 0.5
+    """Share of weights, beside activations, in the similarity of units; None (`search`): chosen on held-out rows."""
+    reference: str | None = None
+    """The expert whose order the others take; None: the first."""
+    calibration: int | Path = 512
+    """How many of the experts' training rows activations are read on, or a JSONL file of rows (labels do not matter)."""
+    max_sweeps: int = 20
+    seed: int | None = None
+    """None: the recipe's."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole build."""
 
@@ -121,6 +138,7 @@ class Recipe:
     """`parameters.normalize`: divide by the experts' weights."""
     exclusive: Exclusive = field(default_factory=Exclusive)
     router: RouterSettings = field(default_factory=RouterSettings)
+    alignment: AlignmentSettings | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     dtype: str = "float32"
@@ -174,8 +192,6 @@ def parse_recipe(content: Any, folder: Path = Path("."), text: str = "") -> Reci
     keys = ("base_model", "shared_model", "merge_method", "parameters", "experts", "exclusive", "router", "include",
             "exclude", "dtype", "out_dtype", "seed", "trust_remote_code", "alignment")  # fmt: skip
     content = _mapping(content, "the recipe", keys)
-    if content.get("alignment") not in (None, "none"):
-        raise TwinMergingError("`alignment` is not supported by this version (only `none`): experts must share a base")
     if "experts" not in content:
         raise TwinMergingError("`experts` is missing: list at least one `{name: ..., model: ...}`")
     raw_experts = content["experts"]
@@ -197,6 +213,7 @@ def parse_recipe(content: Any, folder: Path = Path("."), text: str = "") -> Reci
         normalize=_flag(parameters, "normalize", True) if "normalize" in parameters else None,
         exclusive=_exclusive(content.get("exclusive")),
         router=_router(content.get("router")),
+        alignment=_alignment(content.get("alignment"), folder),
         include=_patterns(content, "include"),
         exclude=_patterns(content, "exclude"),
         dtype=_choice(content, "dtype", COMPUTE_DTYPES, "float32"),
@@ -216,6 +233,7 @@ def _check_together(recipe: Recipe, content: dict) -> None:
     if recipe.base_model is None and recipe.shared_model == BASE:
         raise TwinMergingError("`shared_model: base` needs `base_model`")
     _check_merge(recipe)
+    _check_alignment(recipe)
     without = [expert.name for expert in recipe.experts if expert.data is None]
     if recipe.router.type not in ("auto", "projection") and without:
         raise TwinMergingError(
@@ -237,6 +255,21 @@ def _check_together(recipe: Recipe, content: dict) -> None:
         )
     if recipe.router.type == "projection" and recipe.router.router_pass == "full":
         raise TwinMergingError("`router.pass: full` is not possible with `projection`, which reads a layer's input")
+
+
+def _check_alignment(recipe: Recipe) -> None:
+    settings = recipe.alignment
+    if settings is None:
+        return
+    if settings.reference is not None and settings.reference not in recipe.names:
+        raise TwinMergingError(
+            f"`alignment.reference` is {settings.reference!r}, which is none of the experts ({', '.join(recipe.names)})"
+        )
+    without = [expert.name for expert in recipe.experts if expert.data is None]
+    if settings.weight_share is None and without:
+        raise TwinMergingError(
+            f"`alignment.weight_share: search` compares held-out rows, and expert {without[0]!r} has no `data`; give a number"
+        )
 
 
 def _check_merge(recipe: Recipe) -> None:
@@ -373,6 +406,38 @@ def _router(raw: Any) -> RouterSettings:
         exemplars=_integer(raw, "exemplars", 100, 1),
         neighbours=_integer(raw, "neighbours", 10, 1),
         rows=_integer(raw, "rows", 2000, 2),
+    )
+
+
+ALIGNMENT_METHODS = ("mudsc", "auto")
+
+
+def _alignment(raw: Any, folder: Path) -> AlignmentSettings | None:
+    if raw is None or raw == "none":
+        return None
+    if isinstance(raw, str):
+        raw = {"method": raw}
+    keys = ("method", "weight_share", "reference", "calibration", "max_sweeps", "seed")
+    raw = _mapping(raw, "`alignment` (or `none`, `auto`)", keys)
+    method = raw.get("method", "mudsc")
+    if method not in ALIGNMENT_METHODS:
+        raise TwinMergingError(
+            f"`alignment` must be none, auto or mudsc (zip is no alignment: it cannot be undone, so nothing could be split "
+            f"into shared and exclusive after it; `twin-merging align --mode zip` makes one merged checkpoint), got {method!r}"
+        )
+    share = raw.get("weight_share", 0.5)
+    if share != "search" and (isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1):
+        raise TwinMergingError(f"`alignment.weight_share` must be between 0 and 1, or search, got {share!r}")
+    calibration = raw.get("calibration", 512)
+    if not isinstance(calibration, str):
+        calibration = _integer(raw, "calibration", 512, 0)
+    return AlignmentSettings(
+        method=method,
+        weight_share=None if share == "search" else float(share),
+        reference=_optional_text(raw, "reference"),
+        calibration=folder / calibration if isinstance(calibration, str) else calibration,
+        max_sweeps=_integer(raw, "max_sweeps", 20, 0),
+        seed=None if raw.get("seed") is None else _integer(raw, "seed", 0, 0),
     )
 
 

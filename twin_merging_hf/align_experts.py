@@ -1,0 +1,175 @@
+"""The alignment stage of a build: experts of different initialisation are read in one order of units from here on."""
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .alignment import AlignmentResult, Layout, Permutation, align, checked_layout
+from .checkpoints import Checkpoint
+from .data import read_calibration_rows
+from .errors import TwinMergingError
+from .evaluation import accuracy, checkpoint_model, merged_backbone, model_outputs, pearson, with_backbone
+from .inference import batches
+from .initialisation import describe_strangers
+from .preflight import Inputs
+from .progress import Progress, no_loading_bars
+from .recipe import AlignmentSettings
+
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Weight shares that `search` tries."""
+
+
+@dataclass
+class AlignedCheckpoint(Checkpoint):
+    """A checkpoint whose units are read in the reference's order; its files stay as they are."""
+
+    permutation: Permutation | None = None
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor and move its units."""
+        assert self.permutation is not None
+        return self.permutation.align(name, super().tensor(name))
+
+    def settle(self, model: nn.Module) -> None:
+        """Move the units of the whole expert, loaded from the files."""
+        assert self.permutation is not None
+        self.permutation.apply(model)
+
+
+def align_inputs(inputs: Inputs, progress: Progress) -> Inputs:
+    """
+    Align the experts as the recipe says: everything that is read of them afterwards is in the reference's order.
+
+    Raises:
+        TwinMergingError: the architecture's symmetries are not known, or the calibration file does not fit.
+    """
+    settings = inputs.recipe.alignment
+    experts = inputs.experts
+    strangers = describe_strangers(experts) if len(experts) > 1 else []
+    if settings is None or (settings.method == "auto" and not strangers):
+        hint = "; `alignment: auto` brings their units into one order first"
+        inputs.notes += [f"{sentence}{hint}" for sentence in strangers]
+        if settings is not None:
+            inputs.notes.append("alignment: auto: all experts are of one initialisation, so nothing was aligned")
+        return inputs
+    inputs.notes += [f"{sentence}, so they were aligned" for sentence in strangers]
+    with no_loading_bars():
+        aligned = view_aligned(inputs, settings, progress)
+    if inputs.base is not None and inputs.recipe.merge_method == "linear" and inputs.shared is not inputs.base:
+        inputs.notes.append("the base model was left aside: aligned experts have moved away from it")
+        inputs.base.close()
+        aligned = replace(aligned, base=None)
+    return aligned
+
+
+def view_aligned(inputs: Inputs, settings: AlignmentSettings, progress: Progress) -> Inputs:
+    """Align the experts and return the inputs as seen through it, the report included. Raises as `align_inputs`."""
+    reference = inputs.recipe.names.index(settings.reference) if settings.reference else 0
+    model = checkpoint_model(inputs.experts[reference])
+    try:
+        layout = checked_layout(model)
+    except TwinMergingError:
+        raise
+    except ValueError as error:
+        raise TwinMergingError(f"{inputs.experts[reference].role} cannot be aligned: {error}") from error
+    rows = calibration_rows(inputs, settings)
+    shares = [settings.weight_share] if settings.weight_share is not None else list(SHARES)
+    tried: list[tuple[float, Inputs]] = []
+    for share in shares:
+        results: list[AlignmentResult | None] = [None] * len(inputs.experts)
+        for index, expert in enumerate(inputs.experts):
+            if index != reference:
+                results[index] = _align_one(model, expert, rows, share, settings, inputs, layout, progress)
+        candidate = replace(inputs, experts=[_view(e, r) for e, r in zip(inputs.experts, results, strict=True)])
+        candidate.alignment = _report(inputs, reference, results, rows)
+        tried.append((_score(candidate) if len(shares) > 1 else 0.0, candidate))
+    best = max(tried, key=lambda each: each[0])[1]
+    if len(shares) > 1:
+        assert best.alignment is not None
+        best.alignment["search"] = {
+            f"{share:g}": round(score, 4) for share, (score, _) in zip(shares, tried, strict=True)
+        }
+    return best
+
+
+def _align_one(
+    model: Any, expert: Checkpoint, rows: list[dict], share: float, settings: AlignmentSettings, inputs: Inputs,
+    layout: Layout, progress: Progress,
+) -> AlignmentResult:  # fmt: skip
+    progress.say(f"aligning {expert.role}")
+    bar = progress.counter("matching blocks of units", len(layout.roots) * (1 + settings.max_sweeps))
+    seed = inputs.recipe.seed if settings.seed is None else settings.seed
+    inputs_of_rows = None
+    if rows:
+        assert inputs.processing is not None
+        inputs_of_rows = (batch for _, batch in batches(rows, inputs.processing))
+    try:
+        return align(
+            model,
+            checkpoint_model(expert),
+            inputs_of_rows,
+            weight_share=share,
+            max_sweeps=settings.max_sweeps,
+            seed=seed,
+            layout=layout,
+            tick=lambda block: bar.update(),
+        )
+    finally:
+        bar.close()
+
+
+def stock_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Any:
+    """The expert as its own stock class, in the type of its files unless told otherwise, in the order that `tensor` gives."""
+    model = checkpoint.task_class.from_pretrained(checkpoint.path, dtype=dtype or "auto").eval()
+    checkpoint.settle(model)
+    return model
+
+
+def _view(expert: Checkpoint, result: AlignmentResult | None) -> Checkpoint:
+    if result is None:
+        return expert
+    own = {f.name: getattr(expert, f.name) for f in fields(expert)}
+    return AlignedCheckpoint(**own, permutation=result.permutation)
+
+
+def calibration_rows(inputs: Inputs, settings: AlignmentSettings) -> list[dict]:
+    """Rows whose activations are compared: of a file, or as many of each expert's training rows; none: weights alone."""
+    if isinstance(settings.calibration, Path):
+        if inputs.processing is None:
+            raise TwinMergingError(
+                "`alignment.calibration` names a file, but no checkpoint has a tokenizer or processor"
+            )
+        return read_calibration_rows(settings.calibration, inputs.kind)
+    if inputs.rows is None or settings.calibration == 0:
+        inputs.notes.append("aligned by weights alone: no rows to compare activations on")
+        return []
+    each = max(1, settings.calibration // len(inputs.rows))
+    return [row for rows in inputs.rows for row in rows.train[:each]]
+
+
+def _score(candidate: Inputs) -> float:
+    """Mean over experts of the aligned average's score on held-out rows, each under the expert's own head."""
+    assert candidate.rows is not None and candidate.processing is not None
+    backbone = merged_backbone(candidate, "linear")
+    scores = []
+    for index, rows in enumerate(candidate.rows):
+        outputs = model_outputs(with_backbone(candidate, index, backbone), rows.held_out, candidate.processing)
+        if candidate.entries[index]["problem_type"] == "regression":
+            scores.append(pearson(outputs[:, 0], torch.tensor([row["label"] for row in rows.held_out])))
+        else:
+            scores.append(accuracy(outputs, rows.held_out))
+    return sum(scores) / len(scores)
+
+
+def _report(inputs: Inputs, reference: int, results: list[AlignmentResult | None], rows: list[dict]) -> dict[str, Any]:
+    names = inputs.recipe.names
+    return {
+        "method": "mudsc",
+        "reference": names[reference],
+        "calibration_rows": len(rows),
+        "experts": {name: r.report.to_dict() for name, r in zip(names, results, strict=True) if r is not None},
+    }
