@@ -12,7 +12,7 @@ from tests import tiny
 from tests.conftest import load
 from twin_merging_hf.align_experts import align_inputs
 from twin_merging_hf.alignment import Permutation, layout_of
-from twin_merging_hf.builder import build_artifact
+from twin_merging_hf.builder import build_artifact, plan_build
 from twin_merging_hf.cli import app
 from twin_merging_hf.initialisation import cosines
 from twin_merging_hf.preflight import preflight
@@ -113,6 +113,11 @@ def test_settings_are_followed(strangers, settings, rows):
     name = "bert.encoder.layer.1.output.dense.weight"
     tensors = [checkpoint.tensor(name) for checkpoint in aligned.experts]
     assert all(torch.nn.functional.cosine_similarity(t.flatten(), tensors[0].flatten(), dim=0) > 0.8 for t in tensors)
+
+
+def test_a_dry_run_says_that_experts_will_be_aligned(strangers):
+    notes = plan_build(_recipe(strangers, "dry.yaml"), strangers / "dry").notes
+    assert sum("so they are aligned first" in note for note in notes) >= 2
 
 
 def test_a_base_is_left_aside_by_linear(strangers):

@@ -48,15 +48,8 @@ def align_inputs(inputs: Inputs, progress: Progress) -> Inputs:
         TwinMergingError: the architecture's symmetries are not known, or the calibration file does not fit.
     """
     settings = inputs.recipe.alignment
-    experts = inputs.experts
-    strangers = describe_strangers(experts) if len(experts) > 1 else []
-    if settings is None or (settings.method == "auto" and not strangers):
-        hint = "; `alignment: auto` brings their units into one order first"
-        inputs.notes += [f"{sentence}{hint}" for sentence in strangers]
-        if settings is not None:
-            inputs.notes.append("alignment: auto: all experts are of one initialisation, so nothing was aligned")
+    if not needs_alignment(inputs) or settings is None:
         return inputs
-    inputs.notes += [f"{sentence}, so they were aligned" for sentence in strangers]
     with no_loading_bars():
         aligned = view_aligned(inputs, settings, progress)
     if inputs.base is not None and inputs.recipe.merge_method == "linear" and inputs.shared is not inputs.base:
@@ -64,6 +57,19 @@ def align_inputs(inputs: Inputs, progress: Progress) -> Inputs:
         inputs.base.close()
         aligned = replace(aligned, base=None)
     return aligned
+
+
+def needs_alignment(inputs: Inputs) -> bool:
+    """Whether the recipe has its experts aligned; what their weights say about it goes into the notes."""
+    settings, experts = inputs.recipe.alignment, inputs.experts
+    strangers = describe_strangers(experts) if len(experts) > 1 else []
+    if settings is not None and (settings.method != "auto" or strangers):
+        inputs.notes += [f"{sentence}, so they are aligned first" for sentence in strangers]
+        return True
+    inputs.notes += [f"{sentence}; `alignment: auto` brings their units into one order first" for sentence in strangers]
+    if settings is not None:
+        inputs.notes.append("alignment: auto: all experts are of one initialisation, so nothing is aligned")
+    return False
 
 
 def view_aligned(inputs: Inputs, settings: AlignmentSettings, progress: Progress) -> Inputs:

@@ -17,7 +17,7 @@ from twin_merging_hf.modeling.modeling_twin_merging import AUTO_MAP
 from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
 
 from ._version import __version__
-from .align_experts import align_inputs
+from .align_experts import align_inputs, needs_alignment
 from .artifact import LAYOUT, Storage, check_files, label_fields, refuse_existing, staged, storage, write_json
 from .build_router import make_router, router_type
 from .calibration import calibrate, calibration_rows
@@ -67,6 +67,7 @@ def plan_build(recipe: Recipe | str | Path, out: str | Path, progress: Progress 
     refuse_existing(Path(out))
     inputs = preflight(recipe, progress.say)
     try:
+        needs_alignment(inputs)
         planned = planned_bytes(inputs)
         labels = list(inputs.label_space.labels)
         notes = [*inputs.notes, *([planned.note] if planned.note else [])]
