@@ -17,11 +17,12 @@ from twin_merging_hf.recipe import parse_recipe
 
 
 TUNING_ROWS = 100
-# Coefficients that are tried; `lambda` acts on the sum of task vectors, TIES and TSV-M on one merged vector.
+# Coefficients that are tried; `lambda` acts on the sum of task vectors, TIES and TSV-M on one merged vector. The densities
+# are those of the methods' authors.
 GRIDS: dict[str, list[dict[str, float]]] = {
     "task_arithmetic": [{"lambda": x} for x in (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)],
-    "ties": [{"density": d, "lambda": x} for d in (0.1, 0.2, 0.4) for x in (0.5, 1.0, 1.5)],
-    "dare_linear": [{"density": d, "lambda": x} for d in (0.1, 0.5) for x in (0.15, 0.25, 0.4)],
+    "ties": [{"density": 0.2, "lambda": x} for x in (0.5, 1.0, 1.5)],
+    "dare_linear": [{"density": 0.1, "lambda": x} for x in (0.15, 0.25, 0.4)],
     "tsv_m": [{"lambda": x} for x in (0.5, 1.0, 1.5)],
     "iso_c": [{"lambda": x} for x in (0.5, 1.0, 1.5)],
 }
