@@ -151,6 +151,32 @@ class TwinMergingConfig(PreTrainedConfig):
             return self
         return self.shared_config.get_text_config(decoder=decoder, encoder=encoder)
 
+    # Special tokens are the shared model's; trainers align them with a tokenizer's, in reading and in writing.
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return getattr(self.get_text_config(), "pad_token_id", None) if self.shared_config is not None else None
+
+    @pad_token_id.setter
+    def pad_token_id(self, value: int | None) -> None:
+        self.shared_config.get_text_config().pad_token_id = value
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return getattr(self.get_text_config(), "bos_token_id", None) if self.shared_config is not None else None
+
+    @bos_token_id.setter
+    def bos_token_id(self, value: int | None) -> None:
+        self.shared_config.get_text_config().bos_token_id = value
+
+    @property
+    def eos_token_id(self) -> int | list | None:
+        return getattr(self.get_text_config(), "eos_token_id", None) if self.shared_config is not None else None
+
+    @eos_token_id.setter
+    def eos_token_id(self, value: int | list | None) -> None:
+        self.shared_config.get_text_config().eos_token_id = value
+
     @property
     def expert_names(self) -> list[str]:
         """Names of the experts, in the order of `expert_weights`' columns."""

@@ -181,3 +181,14 @@ def test_experts_join_and_leave_a_finished_language_artifact(language, tmp_path)
     inputs = prompts()
     written = model.generate(**inputs, experts=["a", "b", "c", "d"], **GREEDY)
     assert written.tolist() == language.model("llama-lm").generate(**inputs, experts=NAMES, **GREEDY).tolist()
+
+
+@pytest.mark.parametrize("kind", ["gpt2-lm", "t5-lm", "bart-lm", "bert-lm"])
+@pytest.mark.parametrize(
+    "exclusive", [{"rank": 3, "dtype": "int4"}, {"method": "magnitude", "ratio": 0.2}], ids=["int4", "sparse"]
+)
+def test_integers_and_sparse_deltas_pass_the_proof_of_a_build_in_every_rule(language, kind, exclusive, tmp_path):
+    folder = language.experts(kind)
+    recipe = tiny.write_recipe(folder, NAMES, data=False, file=f"{tmp_path.name}.yaml", exclusive=exclusive)
+    result = build_artifact(recipe, tmp_path / "artifact", Progress(quiet=True))
+    assert result.report["probe"]["largest_relative_difference"] < 1e-4
