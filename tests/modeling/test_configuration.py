@@ -161,7 +161,10 @@ def test_an_artifact_of_a_newer_format_is_refused(tmp_path, world):
 
 MODEL_BAD: dict[str, tuple[dict, str]] = {
     "a class of others": ({"shared_class": "os.system"}, "`shared_class` 'os.system'"),
-    "a class without a wrapper": ({"shared_class": "BertForQuestionAnswering"}, "`shared_class` 'BertForQuestionAnswering'"),
+    "a class without a wrapper": (
+        {"shared_class": "BertForQuestionAnswering"},
+        "`shared_class` 'BertForQuestionAnswering'",
+    ),
     "a layer too far": ({"router_layer": 4}, "`router_layer` is 4.*layers 0 to 3"),
     "a delta of nothing": ({"exact_deltas": ["bert.nothing"]}, "'bert.nothing'.*no such parameter"),
     "a delta in the head": ({"ranks": {"classifier.weight": [1, 1]}}, "'classifier.weight'"),
