@@ -103,7 +103,7 @@ class PerRowRelativeBias:
     The class's own code runs once more on the deltas of all rows, as if they were more heads, and adds them: [batch, ...].
     """
 
-    def __init__(self, module: nn.Module, mix: ExpertMix, delta: nn.Module):
+    def __init__(self, module: Any, mix: ExpertMix, delta: nn.Module):
         self.module, self.mix, self.delta = module, mix, delta
 
     def __call__(self, *args, **kwargs):
