@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip-version-check -q
 
-.PHONY: demo test check lint types slow clean
+.PHONY: demo test check lint types docs slow clean
 
 demo: $(VENV)/.demo
 	rm -rf twin-merging-demo
@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-check: lint types test
+check: lint types docs test
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
@@ -25,6 +25,9 @@ types: $(VENV)/.test
 	$(PIP) --no-deps --no-build-isolation --target build/typed .
 	MYPYPATH=build/typed $(BIN)/mypy --config-file setup.cfg -p twin_merging_hf
 	rm -rf build
+
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow

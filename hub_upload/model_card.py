@@ -73,7 +73,6 @@ def render_card(
     recipe_text: str,
     kind: str,
     *,
-    location: str = LOCATION,
     evaluation: dict | None = None,
 ) -> str:
     """
@@ -82,7 +81,6 @@ def render_card(
     Args:
         report: content of report.json.
         kind: `text`, `image`, `tokens`, `prompt` or `masked`.
-        location: what a reader gives to `from_pretrained`.
         evaluation: what `twin-merging evaluate` wrote about this artifact.
     """
     names = [expert["name"] for expert in config.experts]
@@ -99,8 +97,8 @@ def render_card(
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip(),
         title=f"Twin-Merging of {', '.join(names)}",
         count=len(names),
-        usage=_usage(kind, together, location, pinned=False),
-        pinned=_usage(kind, together, location, pinned=True),
+        usage=_usage(kind, together, pinned=False),
+        pinned=_usage(kind, together, pinned=True),
         outputs=(_TOKENS_MEAN if language else _LABELS_MEAN) + by_hand + generates,
         limits=_KEPT if language else _COMPETING,
         experts=experts_table(config, report),
@@ -115,11 +113,11 @@ def render_card(
     )
 
 
-def _usage(kind: str, together: bool, location: str, pinned: bool) -> str:
+def _usage(kind: str, together: bool, pinned: bool) -> str:
     """Code that loads and uses the artifact; `pinned`: without the plugin, at one commit."""
     return (_GENERATE if together else _PIPELINE).format(
         task=_TASKS[kind],
-        location=location,
+        location=LOCATION,
         example=_EXAMPLES[kind],
         options=_OPTIONS.get(kind, ""),
         trust=_TRUST if pinned else "",

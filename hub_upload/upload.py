@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalTokenNotFoundError,
@@ -89,34 +89,41 @@ def push_artifact(
         )
     config = read_config(folder)
     names = artifact_files(folder, config)
-    card = card_for(folder, config, repo_id)
-    additions = [CommitOperationAdd(name, card.encode() if name == LAYOUT.card else folder / name) for name in names]
+    contents: dict[str, Path | str] = {name: folder / name for name in names}
+    contents[LAYOUT.card] = card_for(folder, config)
+    message = commit_message or "Upload Twin-Merging artifact"
     try:
-        return _push(
-            HfApi(token=token), repo_id, additions, private, create_pr, revision,
-            commit_message or "Upload Twin-Merging artifact", _left(folder, names), say,
-        )  # fmt: skip
+        api = HfApi(token=token)
+        if not create_pr:
+            repo_id = _made(api, repo_id, private, revision)
+        say(f"uploading {len(names)} files to {repo_id}")
+        commit = _push(api, repo_id, contents, message, create_pr, revision)
+        return Pushed(repo_id, commit.oid, commit.commit_url, commit.pr_url, _left(folder, names))
     except (_HTTP_ERROR, LocalTokenNotFoundError, OSError, ValueError, RuntimeError) as error:
         raise TwinMergingError(_explain(error, repo_id, create_pr, token)) from None
 
 
-def _push(api, repo_id, additions, private, create_pr, revision, message, left, say) -> Pushed:
-    """All calls of the Hub."""
-    if not create_pr:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and revision != "main" and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-    kept = {addition.path_in_repo for addition in additions}
-    stale = [name for name in api.list_repo_files(repo_id, revision=revision) if name not in kept and _is_ours(name)]
-    say(f"uploading {len(additions)} files to {repo_id}")
-    commit = api.create_commit(
-        repo_id,
-        [*additions, *(CommitOperationDelete(name) for name in stale)],
-        commit_message=message,
-        revision=revision,
-        create_pr=create_pr,
+def _made(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:
+    """Make repository and branch where they are not there; the repository's full name."""
+    full = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and revision != "main" and not revision.startswith("refs/"):
+        api.create_branch(full, branch=revision, exist_ok=True)
+    return full
+
+
+def _push(
+    api: HfApi, repo_id: str, contents: dict[str, Path | str], message: str, create_pr: bool, revision: str | None
+) -> CommitInfo:
+    """One commit of files, or of texts in which the repository's name is still to be filled in."""
+    additions = [
+        CommitOperationAdd(name, c.replace(LOCATION, repo_id).encode() if isinstance(c, str) else c)
+        for name, c in contents.items()
+    ]
+    there = api.list_repo_files(repo_id, revision=revision)
+    stale = [CommitOperationDelete(name) for name in there if name not in contents and _is_ours(name)]
+    return api.create_commit(
+        repo_id, [*additions, *stale], commit_message=message, revision=revision, create_pr=create_pr
     )
-    return Pushed(repo_id, commit.oid, commit.commit_url, commit.pr_url, left)
 
 
 def _is_ours(name: str) -> bool:
@@ -154,10 +161,10 @@ def _left(folder: Path, names: list[str]) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name not in names and path.name != "__pycache__")
 
 
-def card_for(folder: Path, config: TwinMergingConfig, repo_id: str) -> str:
+def card_for(folder: Path, config: TwinMergingConfig) -> str:
     """
-    The card to upload: rendered again with the repository's name and the scores of an evaluation.json in the folder; a card
-    that was edited by hand keeps every word, with the name in its place.
+    The card to upload, with `LOCATION` for the repository's name: rendered again with the scores of an evaluation.json in the
+    folder; a card that was edited by hand keeps every word.
 
     Raises:
         TwinMergingError: the evaluation cannot be read, or is of other experts.
@@ -167,8 +174,8 @@ def card_for(folder: Path, config: TwinMergingConfig, repo_id: str) -> str:
     recipe = (folder / LAYOUT.recipe).read_text(encoding="utf-8")
     kind = _KINDS.get(find_shared_class(config.shared_class)[1], "text")
     if written != render_card(config, report, recipe, kind):
-        return written.replace(LOCATION, repo_id)
-    return render_card(config, report, recipe, kind, location=repo_id, evaluation=_evaluation(folder, config))
+        return written
+    return render_card(config, report, recipe, kind, evaluation=_evaluation(folder, config))
 
 
 def _evaluation(folder: Path, config: TwinMergingConfig) -> dict | None:

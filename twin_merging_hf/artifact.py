@@ -23,7 +23,7 @@ from twin_merging_hf.modeling.heads_twin_merging import LabelSpace
 from twin_merging_hf.modeling.modeling_twin_merging import AUTO_MAP
 from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
 
-from .errors import TwinMergingError
+from .errors import TwinMergingError, is_file
 from .folder_check import paper_problems, stray_files
 
 
@@ -183,8 +183,8 @@ def weight_files(folder: Path) -> list[Path]:
     else:
         files = [folder / LAYOUT.weights]
     for file in files:
-        if not file.is_file():
-            raise TwinMergingError(f"{folder}: {file.name} is missing")
+        if not is_file(file):
+            raise TwinMergingError(f"{folder}: {file.name[:200]} is missing")
     return files
 
 
@@ -256,7 +256,8 @@ def check_files(folder: Path, config: TwinMergingConfig) -> list[str]:
     """As `check_artifact`, with a config that is known to be valid. Raises `TwinMergingError` for damaged weights."""
     problems = [*_check_tensors(folder, config), *stray_files(folder, {source.name for source in code_files()})]
     auto_map = getattr(config, "auto_map", None) or {}
-    if {key: str(value).split("--")[-1] for key, value in auto_map.items()} != AUTO_MAP:
+    named = isinstance(auto_map, dict) and {key: str(value).split("--")[-1] for key, value in auto_map.items()}
+    if named != AUTO_MAP:
         problems.append(
             f"{LAYOUT.config}: `auto_map` does not name the package's classes, so other heads would not load"
         )
@@ -270,7 +271,7 @@ def check_files(folder: Path, config: TwinMergingConfig) -> list[str]:
     if not isinstance(companions, list) or not all(isinstance(name, str) for name in companions):
         return [*problems, f"{LAYOUT.config}: `provenance.companions` must be a list of file names, got {companions!r}"]
     problems += paper_problems(config, folder / LAYOUT.report, folder / LAYOUT.recipe)
-    return problems + [f"{name} is missing" for name in companions if not (folder / name).is_file()]
+    return problems + [f"{name} is missing" for name in companions if not is_file(folder / name)]
 
 
 def _check_tensors(folder: Path, config: TwinMergingConfig) -> list[str]:

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from twin_merging_hf.modeling.limits_twin_merging import check_sizes
 from twin_merging_hf.modeling.shared_twin_merging import LANGUAGE_MODELS, find_shared_class, refuse_language_model
 
-from .errors import TwinMergingError, without_tokens
+from .errors import TwinMergingError, is_file, without_tokens
 
 
 _WEIGHTS = "model.safetensors"
@@ -301,7 +301,7 @@ def _load_config(path: Path, role: str) -> PreTrainedConfig:
 
 def _task_class(config: PreTrainedConfig, role: str) -> type[PreTrainedModel]:
     names = config.architectures or []
-    if len(names) != 1:
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise TwinMergingError(f"{role}: config.json must name one architecture, got {names!r}")
     try:
         return find_shared_class(names[0])[0]
@@ -349,7 +349,7 @@ def _weight_files(path: Path, role: str) -> dict[str, Path]:
             weight_map = json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"]
             shards = sorted(set(weight_map.values()))
             for shard in shards:
-                if Path(shard).name != shard or not (path / shard).is_file():
+                if Path(shard).name != shard or not is_file(path / shard):
                     raise TwinMergingError(f"{role}: {path / _INDEX} names {shard!r}, which is not a file beside it")
         elif (path / _WEIGHTS).is_file():
             shards = [_WEIGHTS]

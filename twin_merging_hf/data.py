@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import TwinMergingError, require_extra
+from .errors import TwinMergingError, is_file, require_extra
 from .prompt_rows import masked_row, prompt_key, prompt_row
 
 
@@ -119,11 +119,7 @@ def _row(line: str, where: str, kind: str, labels: list[str], regression: bool, 
 
 def _image(path: Path, where: str) -> Path:
     """Check that an image can be opened, without reading its pixels."""
-    try:
-        found = path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        found = False
-    if not found:
+    if not is_file(path):
         raise TwinMergingError(f"{where}: image {path} does not exist")
     images = require_extra("PIL.Image", "vision")
     try:

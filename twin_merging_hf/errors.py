@@ -1,7 +1,8 @@
-"""The one error type for everything a user can fix, and the door to optional packages."""
+"""The one error type for everything a user can fix, and helpers for messages, names of files and optional packages."""
 
 import importlib
 import re
+from pathlib import Path
 from types import ModuleType
 
 
@@ -15,6 +16,14 @@ _TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]{8,}")
 def without_tokens(text: str) -> str:
     """A text for messages and logs, with every Hub token blotted out."""
     return _TOKEN.sub("[token]", text)
+
+
+def is_file(path: Path) -> bool:
+    """`path.is_file()`, and False for names that no file can have, which anyone may write into an index."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 _PIP_NAMES = {"sklearn": "scikit-learn", "PIL": "pillow", "rouge_score": "rouge-score"}
