@@ -73,7 +73,8 @@ def kill_saves(artifact: Path, folder: Path, count: int, rng: random.Random) -> 
     shutil.rmtree(folder / "timed")
     for _ in range(count):
         trial = Path(shutil.copytree(out, folder / "trial"))
-        was = killed(lambda: model.save_pretrained(trial, max_shard_size=SHARDS), rng.uniform(0, whole))  # noqa: B023
+        delay = rng.uniform(0, 1.3 * whole)  # a few come too late, which shows that the rest did not
+        was = killed(lambda: model.save_pretrained(trial, max_shard_size=SHARDS), delay)  # noqa: B023
         found = tensors(trial)
         state = "nothing" if found is None else "old" if same(found, old) else "new" if same(found, new) else "MIXED"
         model.save_pretrained(trial, max_shard_size=SHARDS)

@@ -16,7 +16,7 @@ from twin_merging_hf.recipe import load_recipe
 
 
 COMMANDS = (
-    "init", "build", "tune", "check", "inspect", "verify", "upload", "evaluate", "add-expert", "remove-expert",
+    "init", "build", "align", "tune", "check", "inspect", "verify", "upload", "evaluate", "add-expert", "remove-expert",
     "replace-expert", "demo",
 )  # fmt: skip
 
@@ -148,6 +148,15 @@ def test_build_check_and_inspect(inputs, tmp_path):
 def test_quiet_says_nothing_on_the_way(inputs, tmp_path):
     recipe = tiny.write_recipe(inputs, ("a", "b"), data=False)
     assert call("build", recipe, tmp_path / "out", "--quiet").stderr == ""
+
+
+def test_verify_names_what_changed_and_ends_with_1(world, tmp_path):
+    artifact, sources = world.artifact("bert"), world.experts("bert")
+    lines = call("verify", artifact, "--from", sources).stdout.splitlines()
+    assert len(lines) == 5 and all("as at the build" in line for line in lines)
+    assert "a: cannot be compared" in call("verify", artifact, "--from", tmp_path, code=1).stdout
+    found = json.loads(call("verify", artifact, "--from", tmp_path, "--json", code=1).stdout)
+    assert {state["name"] for state in found if state["unknown"]} == {"base", "a", "b", "c"}
 
 
 def test_check_lists_problems_and_ends_with_1(world, tmp_path):
