@@ -14,6 +14,7 @@ from twin_merging_hf.align_experts import align_inputs
 from twin_merging_hf.alignment import Permutation, layout_of
 from twin_merging_hf.builder import build_artifact, plan_build
 from twin_merging_hf.cli import app
+from twin_merging_hf.evaluation import static_merge
 from twin_merging_hf.initialisation import cosines
 from twin_merging_hf.preflight import preflight
 from twin_merging_hf.progress import Progress
@@ -131,6 +132,27 @@ def test_an_architecture_without_known_symmetries_is_refused(tmp_path):
     recipe = tiny.write_recipe(folder, ["a", "b"], data=False, base_model=None, alignment="mudsc")
     with pytest.raises(ValueError, match="'electra' cannot be aligned.*register_spec"):
         align_inputs(preflight(load_recipe(recipe)), QUIET)
+
+
+def test_init_sees_strangers_and_writes_a_recipe_that_aligns_them(strangers):
+    recipe = strangers / "init.yaml"
+    result = CliRunner().invoke(app, ["init", str(strangers / "a"), str(strangers / "b"), "-o", str(recipe)])
+    assert result.exit_code == 0, result.output
+    text = recipe.read_text()
+    assert "# expert 'a' and expert 'b' look like different initialisations" in text
+    assert load_recipe(recipe).alignment.method == "auto"
+
+
+def test_static_merges_are_of_aligned_experts_under_aligned_heads(strangers):
+    inputs = preflight(load_recipe(_recipe(strangers)))
+    merged = static_merge(align_inputs(inputs, QUIET), 1, "linear")
+    expert = AutoModelForSequenceClassification.from_pretrained(strangers / "b").eval()
+    batch = tiny.text_batch(4)
+    with torch.no_grad():
+        expected = expert(**batch).logits
+        # All three are one function but for noise, so their mean is, too: as found, not as they stand.
+        aligned, plain = (m(**batch).logits - expected for m in (merged, static_merge(inputs, 1, "linear")))
+    assert float(aligned.abs().max()) < 0.3 * float(plain.abs().max())
 
 
 # ---- twin-merging align ---------------------------------------------------------------------------------------------

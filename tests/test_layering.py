@@ -50,8 +50,8 @@ ALLOWED: dict[str, set[str]] = {
     "scoring": {"errors", "evaluation", "metrics"},
     "evaluate_table": {"artifact", "errors", "pictures"},
     "evaluate_artifact": {
-        "artifact", "data", "errors", "evaluation", "inference", "language_evaluation", "merging", "metrics", "modeling",
-        "preflight", "processing", "progress", "recipe", "row_hashes", "scoring", "timing", "verdict",
+        "align_experts", "artifact", "data", "errors", "evaluation", "inference", "language_evaluation", "merging",
+        "metrics", "modeling", "preflight", "processing", "progress", "recipe", "row_hashes", "scoring", "timing", "verdict",
     },
     "alignment": {"errors", "modeling", "recipe"},
     "late": {"checkpoints", "modeling", "probe", "recipe"},
@@ -66,7 +66,7 @@ ALLOWED: dict[str, set[str]] = {
     "shared_merge": {"checkpoints", "errors", "merging", "preflight", "recipe"},
     "token_evaluation": {"errors", "evaluation", "inference", "processing"},
     "verdict": {"checkpoints", "evaluation", "language_evaluation", "preflight", "router_training"},
-    "starter": {"checkpoints", "data", "errors", "modeling", "preflight", "processing"},
+    "starter": {"checkpoints", "data", "errors", "initialisation", "modeling", "preflight", "processing"},
     "progress": set(),
     "build_router": {
         "checkpoints", "closed_form", "data", "errors", "inference", "modeling", "preflight", "probe", "progress", "recipe",
@@ -88,8 +88,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "tuned_recipe": {"errors", "recipe"},
     "tuning": {
-        "compression", "errors", "evaluation", "merging", "modeling", "preflight", "progress", "recipe", "separation",
-        "shared_merge", "tuned_recipe",
+        "align_experts", "compression", "errors", "evaluation", "merging", "modeling", "preflight", "progress", "recipe",
+        "separation", "shared_merge", "tuned_recipe",
     },
     "demo": {
         "artifact", "builder", "data", "errors", "evaluation", "pictures", "preflight", "progress", "recipe",

@@ -14,6 +14,7 @@ from twin_merging_hf.modeling import TwinMergingConfig
 from twin_merging_hf.modeling.modeling_twin_merging import SHARED
 from twin_merging_hf.modeling.shared_twin_merging import LANGUAGE_MODELS, find_shared_class
 
+from .align_experts import align_inputs
 from .artifact import LAYOUT, pipeline_task, read_config, storage
 from .data import read_rows
 from .errors import TwinMergingError
@@ -113,6 +114,8 @@ def evaluate_artifact(
         )
     with _opened(recipe, progress) as inputs, no_loading_bars():
         _check_request(config, inputs, merges, data)
+        if merges and inputs is not None:  # of experts as the build saw them
+            inputs = align_inputs(inputs, progress)
         files = dict(data) or _test_files(inputs)
         tasks = _tasks(config, files, metrics or {}, report, inputs)
         notes = _refuse_seen_rows(folder, config, report, tasks, inputs)

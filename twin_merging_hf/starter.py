@@ -12,6 +12,7 @@ from twin_merging_hf.modeling.configuration_twin_merging import RESERVED_EXPERT_
 from .checkpoints import Checkpoint, open_checkpoint
 from .data import EXAMPLES
 from .errors import TwinMergingError
+from .initialisation import describe_strangers
 from .preflight import compare_backbones, input_kind
 from .processing import Processing, differing_parts, load_processing
 
@@ -105,6 +106,9 @@ def starter_recipe(looks: list[Look], recipe_folder: Path) -> str:
     content["experts"] = [{"name": look.name, "model": _relative(look.source, recipe_folder)} for look in fitting]
     content["exclusive"] = {"method": "svd", "rank": 16, "dtype": "int4"}
     content["router"] = "auto"
+    strangers = describe_strangers([look.checkpoint for look in fitting]) if len(fitting) > 1 else []
+    if strangers:
+        content["alignment"] = "auto"
     lines = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     first = fitting[0].checkpoint
     names = "# and readable names for labels that are called LABEL_0, ...:\n#   labels: [negative, positive]\n"
@@ -113,8 +117,12 @@ def starter_recipe(looks: list[Look], recipe_folder: Path) -> str:
         "# but chooses worse):\n"
         f"#   data: rows.jsonl        one {EXAMPLES[input_kind(first)]} a line; or {{train: ..., validation: ..., test: ...}}\n"
         f"{'' if first.is_language_model else names}"
+        f"{''.join(f'# {sentence}.{_NEW_LINE}' for sentence in strangers)}"
         f"{lines}"
     )
+
+
+_NEW_LINE = "\n"
 
 
 def _relative(source: str, folder: Path) -> str:

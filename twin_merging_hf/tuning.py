@@ -7,6 +7,7 @@ import torch
 
 from twin_merging_hf.modeling.deltas_twin_merging import is_vector
 
+from .align_experts import align_inputs
 from .compression import truncated_svd
 from .errors import TwinMergingError
 from .evaluation import accuracy, checkpoint_model, merged_backbone, model_outputs, pearson, with_backbone
@@ -86,6 +87,7 @@ def tune_recipe(
     progress.say("checking recipe, checkpoints and data")
     inputs = preflight(recipe, progress.say)
     try:
+        inputs = align_inputs(inputs, progress)
         with no_loading_bars():
             tuning = _tune(inputs, grids, progress)
     finally:
