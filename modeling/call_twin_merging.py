@@ -54,7 +54,7 @@ class CallWeights:
         budget: Budget | None = None,
     ):
         self.weights, self.method, self.experts = weights, method, experts
-        self.vector_weights = weights[:1] if uniform else weights
+        self.uniform, self.vector_weights = uniform, weights[:1] if uniform else weights
         self.row_experts, self.parts, self.budget = row_experts, parts, budget
         self._memo: dict = {}
         self._kept: dict = {}
@@ -75,6 +75,10 @@ class CallWeights:
         if self.budget.take(sum(own_bytes(tensor, owner) for tensor in tensors)):
             self._kept[key] = value
         return value
+
+    def kept_vector(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """As `kept`, for what has one vector for each row: kept only where one vector serves all rows."""
+        return self.kept(key, make) if self.uniform else make()
 
     def columns(self, ranks: tuple, device: torch.device | None = None) -> torch.Tensor:
         """Repeat each acting expert's weight over its ranks: [batch, sum of those ranks]."""

@@ -50,6 +50,8 @@ def unpack_nibbles(packed: torch.Tensor, dim: int, length: int) -> torch.Tensor:
 
 def take(tensor: torch.Tensor, dim: int, places: Any) -> torch.Tensor:
     """Entries of a tensor along `dim`: all (None; the tensor itself), a slice (a view) or indices (a copy)."""
+    if not torch.is_grad_enabled():
+        tensor = tensor.detach()  # tools that watch modules take a parameter among outputs for one with gradients
     if places is None or (isinstance(places, slice) and places == slice(0, tensor.shape[dim])):
         return tensor
     if isinstance(places, slice):
@@ -156,5 +158,8 @@ class ExactDelta(nn.Module):
         self.delta = nn.Parameter(torch.empty(experts, *shape))
 
     def forward(self, call: CallWeights) -> torch.Tensor:
-        weights = call.vector_weights.to(device=self.delta.device, dtype=self.delta.dtype)
-        return torch.tensordot(weights, self.delta, dims=1)
+        weights, delta = call.vector_weights.to(device=self.delta.device, dtype=self.delta.dtype), self.delta
+        if call.experts is not None:
+            places = call.places((1,) * len(delta), delta.device)
+            weights, delta = take(weights, 1, places), take(delta, 0, places)
+        return torch.tensordot(weights, delta, dims=1)

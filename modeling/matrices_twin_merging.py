@@ -103,7 +103,7 @@ class MatrixForward:
         """What the experts add to the bias, [rows, out] or, the same for all, [1, out]."""
         if self.bias is None:
             return None
-        return call.kept((id(self), "bias"), lambda: self.bias(call))
+        return call.kept_vector((id(self), "bias"), lambda: self.bias(call))
 
     def _base(self, x: torch.Tensor, row_bias: torch.Tensor | None) -> torch.Tensor:
         """What the module computes without its weight's delta."""
@@ -123,7 +123,7 @@ class MatrixForward:
         if not overwritable():
             return torch.baddbmm(bias[:, None], x, weight.expand(len(x), -1, -1))
         output = bias[:, None].expand(*x.shape[:2], -1).contiguous()
-        output.view(-1, output.shape[-1]).addmm_(x.flatten(0, 1), weight)
+        add_product(output.view(-1, output.shape[-1]), x.flatten(0, 1), weight)
         return output
 
     def _merged(self, call: CallWeights) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,5 +186,7 @@ def add_product(output: torch.Tensor, h: torch.Tensor, expand: torch.Tensor) -> 
     if not fusible(output, h, expand):
         return output + (h @ expand).to(output.dtype)
     if overwritable():
-        return output.addmm_(h, expand) if h.dim() == 2 else output.baddbmm_(h, expand)
+        # Not `addmm_`: counters of operations know the names below only.
+        product = torch.addmm if h.dim() == 2 else torch.baddbmm
+        return product(output, h, expand, out=output)
     return torch.addmm(output, h, expand) if h.dim() == 2 else torch.baddbmm(output, h, expand)

@@ -44,7 +44,7 @@ class NormForward:
         if delta is None:
             return None if own is None else own[None]
         own = self.module._parameters[name]
-        return call.kept((id(self), name), lambda: own + delta(call).to(device=own.device, dtype=own.dtype))
+        return call.kept_vector((id(self), name), lambda: own + delta(call).to(device=own.device, dtype=own.dtype))
 
     def _rows(self, x: torch.Tensor, scale: Any, shift: Any) -> torch.Tensor:
         module: Any = self.module
