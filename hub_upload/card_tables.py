@@ -11,7 +11,7 @@ from .licences import Licences
 
 _KINDS = {"regression": "regression", "token_classification": "tags", "language_modeling": "language model"}
 _MOST_LABELS = 12
-_LONGEST = 200
+_LONGEST_CELL = 800
 
 
 def table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
@@ -23,7 +23,8 @@ def table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
 def cell(text: object) -> str:
     """One cell's text on one line; what is very long is cut."""
     line = re.sub(r"\s", " ", str(text)).replace("|", "\\|")
-    return line if len(line) <= 4 * _LONGEST else f"{line[: 4 * _LONGEST].rstrip(chr(92))} ..."
+    # A cut must not leave half of an escaped bar.
+    return line if len(line) <= _LONGEST_CELL else line[:_LONGEST_CELL].rstrip("\\") + " ..."
 
 
 def fence(text: str) -> str:

@@ -90,7 +90,7 @@ def push_artifact(
     config = read_config(folder)
     names = artifact_files(folder, config)
     contents: dict[str, Path | str] = {name: folder / name for name in names}
-    contents[LAYOUT.card] = card_for(folder, config)
+    contents[LAYOUT.card] = card_for(folder, config, say)
     message = commit_message or "Upload Twin-Merging artifact"
     try:
         api = HfApi(token=token)
@@ -161,7 +161,7 @@ def _left(folder: Path, names: list[str]) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name not in names and path.name != "__pycache__")
 
 
-def card_for(folder: Path, config: TwinMergingConfig) -> str:
+def card_for(folder: Path, config: TwinMergingConfig, say: Callable[[str], object] = lambda message: None) -> str:
     """
     The card to upload, with `LOCATION` for the repository's name: rendered again with the scores of an evaluation.json in the
     folder; a card that was edited by hand keeps every word.
@@ -169,13 +169,19 @@ def card_for(folder: Path, config: TwinMergingConfig) -> str:
     Raises:
         TwinMergingError: the evaluation cannot be read, or is of other experts.
     """
-    written = (folder / LAYOUT.card).read_text(encoding="utf-8")
-    report = json.loads((folder / LAYOUT.report).read_text(encoding="utf-8"))
-    recipe = (folder / LAYOUT.recipe).read_text(encoding="utf-8")
+    evaluation = _evaluation(folder, config)
     kind = _KINDS.get(find_shared_class(config.shared_class)[1], "text")
-    if written != render_card(config, report, recipe, kind):
-        return written
-    return render_card(config, report, recipe, kind, evaluation=_evaluation(folder, config))
+    try:
+        written = (folder / LAYOUT.card).read_text(encoding="utf-8")
+        report = json.loads((folder / LAYOUT.report).read_text(encoding="utf-8"))
+        recipe = (folder / LAYOUT.recipe).read_text(encoding="utf-8")
+    except (OSError, ValueError, RecursionError) as error:
+        raise TwinMergingError(f"{folder} cannot be given a card: {error}; build the artifact again") from error
+    if written == render_card(config, report, recipe, kind):
+        return render_card(config, report, recipe, kind, evaluation=evaluation)
+    if evaluation is not None:
+        say(f"{LAYOUT.card} was edited, or is of another version; it is uploaded as it is, without {LAYOUT.evaluation}")
+    return written
 
 
 def _evaluation(folder: Path, config: TwinMergingConfig) -> dict | None:

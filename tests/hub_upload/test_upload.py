@@ -198,24 +198,33 @@ def test_a_card_that_nobody_edited_is_rendered_again_as_it_was(artifact):
     assert card == (artifact / LAYOUT.card).read_text() and LOCATION in card
 
 
+EVALUATION = {
+    "data": {"b": {"file": "b.jsonl", "rows": 50, "metric": "accuracy"}},
+    "experts": {"scores": {"b": 0.8}, "source": ""},
+    "routed": {"raw": {"b": 0.6}},
+    "given": {"raw": {"b": 0.6}},
+    "merges": {},
+}
+
+
 def test_an_edited_card_keeps_its_words(copy, stub):
     text = (copy / LAYOUT.card).read_text().replace("## Limits", "My own words.\n\n## Limits")
     (copy / LAYOUT.card).write_text(text)
-    push_artifact(copy, REPO)
+    said: list[str] = []
+    push_artifact(copy, REPO, say=said.append)
     assert stub.files(REPO)[LAYOUT.card].decode() == text.replace("PATH_OR_REPO_ID", REPO)
+    assert not any("was edited" in line for line in said)
+    (copy / LAYOUT.evaluation).write_text(json.dumps(EVALUATION))
+    push_artifact(copy, REPO, say=said.append)
+    assert any("was edited" in line and LAYOUT.evaluation in line for line in said)
 
 
 def test_an_evaluation_in_the_folder_goes_into_the_card(copy, stub):
-    scores = {"raw": {"b": 0.6}}
-    evaluation = {
-        "data": {"b": {"file": "b.jsonl", "rows": 50, "metric": "accuracy"}},
-        "experts": {"scores": {"b": 0.8}, "source": ""}, "routed": scores, "given": scores, "merges": {},
-    }  # fmt: skip
-    (copy / LAYOUT.evaluation).write_text(json.dumps(evaluation))
+    (copy / LAYOUT.evaluation).write_text(json.dumps(EVALUATION))
     push_artifact(copy, REPO)
     card = ModelCard(stub.files(REPO)[LAYOUT.card].decode())
     assert [r.metric_value for r in card.data.eval_results] == [0.6, 75.0] and LAYOUT.evaluation in stub.files(REPO)
-    for broken in ("{", "[]", json.dumps({**evaluation, "data": {"zebra": {}}})):
+    for broken in ("{", "[]", json.dumps({**EVALUATION, "data": {"zebra": {}}})):
         (copy / LAYOUT.evaluation).write_text(broken)
         with pytest.raises(TwinMergingError, match=r"evaluation\.json cannot be read"):
             push_artifact(copy, REPO)
