@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 import transformers
 from inference_cuda import cuda_sections
-from inference_goals import Outcome, outcomes
+from inference_goals import outcomes
 from inference_measure import LEAST_REPEATS, OutputDiffersError, Row, measure
 from inference_memory import PLANS as MEMORY_PLANS
 from inference_memory import footprint
 from inference_sections import SECTIONS, Sizes, full_sizes
-from inference_table import read, show, show_outcomes, write
+from inference_table import read, show, show_outcomes, write, write_outcomes
 
 
 MEMORY = "memory"
@@ -65,9 +65,14 @@ def main(arguments: Sequence[str] | None = None, sizes: Sizes | None = None) -> 
     except OutputDiffersError as error:
         sys.exit(f"error: {error}")
     kept = [row for row in read(args.out / f"{name}.csv") if row.section not in chosen]
-    judged = outcomes([*kept, *rows]) + _memory(chosen)
-    print(show_outcomes(judged))
-    write(args.out, [*kept, *rows], judged, name)
+    judged = outcomes([*kept, *rows])
+    if rows:
+        print(show_outcomes(judged))
+        write(args.out, [*kept, *rows], judged, name)
+    if MEMORY in chosen:
+        in_memory = [outcome for plan in MEMORY_PLANS for outcome in footprint(*plan).outcomes()]
+        print(show_outcomes(in_memory))
+        write_outcomes(args.out / f"{name}_memory.csv", in_memory)
 
 
 def _chosen(only: str | None, sections: list[str]) -> list[str]:
@@ -88,12 +93,6 @@ def _run(section, sizes: Sizes, repeats: int) -> list[Row]:
         del cell
         gc.collect()
     return rows
-
-
-def _memory(chosen: Sequence[str]) -> list[Outcome]:
-    if MEMORY not in chosen:
-        return []
-    return [outcome for plan in MEMORY_PLANS for outcome in footprint(*plan).outcomes()]
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ DENSE = "dense, row by row (published)"
 COPIES = "merged copies, by group"
 LOOP = "loop over experts"
 _HOPELESS = 4.0
+_STEPS = 128  # that a generation is said to have
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Bench:
             predicted = self.cost_model() if plan == "factored" else None
             run = planned(self.work, wrapper, plan, expert_weights=self.weights)
             if isinstance(self.work, DecodeWork):
-                run = WithinGeneration(wrapper, run)
+                run = WithinGeneration(wrapper, run, _STEPS)
                 self.open.append(run.close)
             self.add(plan, run, predicted=predicted, **fields)
         return self
@@ -142,8 +143,8 @@ def planned(work: Work, wrapper: Any, plan: str, **extra: Any) -> rivals.Run:
 class WithinGeneration:
     """Runs something again and again as the steps of one generation, beside which others have theirs."""
 
-    def __init__(self, wrapper: Any, run: rivals.Run):
-        self.run, self.context, self.block = run, copy_context(), wrapper.generating()
+    def __init__(self, wrapper: Any, run: rivals.Run, steps: int):
+        self.run, self.context, self.block = run, copy_context(), wrapper.generating(max_new_tokens=steps)
         self.context.run(self.block.__enter__)
 
     def __call__(self) -> torch.Tensor:

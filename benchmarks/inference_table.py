@@ -67,9 +67,14 @@ def write(folder: Path, rows: Sequence[Row], outcomes: Sequence[Outcome], name: 
         for row in rows
     ]
     write_rows(folder / f"{name}.csv", [*head, *_SETTINGS], table)
-    goals = [list(asdict(outcome).values()) for outcome in outcomes]
-    write_rows(folder / f"{name}_goals.csv", ["item", "what", "goal", "measured", "met"], goals)
+    write_outcomes(folder / f"{name}_goals.csv", outcomes)
     draw(folder / f"{name}.png", rows)
+
+
+def write_outcomes(path: Path, outcomes: Sequence[Outcome]) -> None:
+    """A CSV file of goals."""
+    lines = [list(asdict(outcome).values()) for outcome in outcomes]
+    write_rows(path, ["item", "what", "goal", "measured", "met"], lines)
 
 
 def _cell(value: Any) -> Any:
