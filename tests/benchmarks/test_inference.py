@@ -143,9 +143,10 @@ def test_the_cost_model_counts_what_pytorch_counts(bench, used):
     weights = bench.weights.clone()
     weights[:, used:] = 0
     wrapper = world.wrapper()
-    with FlopCounterMode(display=False) as base, torch.no_grad():
+    # With gradients on: products that write over their sum are not counted.
+    with FlopCounterMode(display=False) as base:
         bench.work.call(bench.work.base)
-    with FlopCounterMode(display=False) as ours, torch.no_grad(), wrapper.use_plan("factored"):
+    with FlopCounterMode(display=False) as ours, wrapper.use_plan("factored"):
         bench.work.call(wrapper, expert_weights=weights)
     predicted = sections.Bench(bench.work, weights).cost_model()
     assert ours.get_total_flops() / base.get_total_flops() == pytest.approx(predicted, rel=0.02)
