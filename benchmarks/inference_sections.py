@@ -87,7 +87,7 @@ class Bench:
         """
         Ours by each plan, with the cell's weights given; decoding steps as within `generate`.
 
-        `materialised` is left out where its cost model says that it cannot win: one merge for few tokens.
+        `materialised` is left out where its cost model says that it cannot win: a merge for few tokens, a copy for few rows.
         """
         for plan in plans:
             if plan == "materialised" and self.merge_cost() > _HOPELESS:
@@ -101,11 +101,14 @@ class Bench:
         return self
 
     def merge_cost(self) -> float:
-        """Multiply-adds of merging all groups anew over those of the base: ranks of a group's experts / its tokens."""
-        if isinstance(self.work, DecodeWork):
-            return 0.0  # merged once, kept for all steps
-        ranks = torch.tensor(self.work.world.ranks, device=self.weights.device)
+        """
+        What merging adds, over the base: multiply-adds of all merges, the ranks of a group's experts / its tokens; where copies
+        are kept for all steps of a generation, the bytes of more than one.
+        """
         groups = self.weights.unique(dim=0)
+        if isinstance(self.work, DecodeWork):
+            return len(groups) - 1
+        ranks = torch.tensor(self.work.world.ranks, device=self.weights.device)
         return float((groups != 0).mul(ranks).sum() / self.work.tokens)
 
     def cost_model(self) -> float:
