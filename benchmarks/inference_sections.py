@@ -9,7 +9,7 @@ import inference_rivals as rivals
 import torch
 from inference_measure import BASE, Cell, Variant
 from inference_work import DecodeWork, ForwardWork, GenerateWork, Work
-from inference_world import BERT_BASE, SMOL, Shape, World, dense_weights, few_rows, fit_router, late_exists, one_hot
+from inference_world import BERT_BASE, SMOL, Shape, World, dense_weights, few_rows, fit_router, one_hot
 
 
 PLANS = ("factored", "gathered", "materialised", "auto")
@@ -212,8 +212,7 @@ def routed(sizes: Sizes) -> Iterator[Cell]:
     work = ForwardWork(world, sizes.rows, sizes.tokens)
     quarter = max(1, world.stock.config.num_hidden_layers // 4)
     bench, weights = Bench(work, dense_weights(sizes.rows, sizes.few)), {}
-    passes = [("full", None), ("prefix", quarter), *([("late", quarter)] if late_exists() else [])]
-    for name, layer in passes:
+    for name, layer in (("full", None), ("prefix", quarter), ("late", quarter)):
         wrapper = world.wrapper(name, layer)
         fit_router(wrapper, work.prompt)
         weights[name] = wrapper(**work.inputs).expert_weights

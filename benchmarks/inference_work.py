@@ -49,7 +49,7 @@ class Work:
         """
         What the dense model of a row's own expert weights [expert] answers on this row alone, and how much another way to
         compute it may differ: 1e-5 of the largest output (at least 1e-5) in float32; in half precision 1.5 times the
-        error of the same dense model in that type, against float32.
+        error of the base on any row, or of the same dense model on this one, against float32.
         """
         key = (row, first_layer, tuple(weights.tolist()))
         if key not in self._known:
@@ -59,9 +59,17 @@ class Work:
             allowed = 0.0 if self.exact else _FP32_TOLERANCE * largest
             if world.dtype != torch.float32:
                 own = self._answer(world.merged(weights, first_layer), row)
-                allowed = _BF16_FACTOR * float((own.to(dense.dtype) - dense).abs().max())
+                allowed = _BF16_FACTOR * max(self._base_error, float((own.to(dense.dtype) - dense).abs().max()))
             self._known[key] = dense, allowed
         return self._known[key]
+
+    @cached_property
+    def _base_error(self) -> float:
+        """Largest error that the base model's own type makes in any row, against float32."""
+        none = torch.zeros(self.world.count)
+        exact, own = self.world.merged(none, dtype=torch.float32), self.world.stock
+        errors = [(self._answer(own, b).float() - self._answer(exact, b)).abs().max() for b in range(self.batch)]
+        return float(torch.stack(errors).max())
 
     def _answer(self, dense: Any, row: int) -> torch.Tensor:
         """One row's output of a model that is used only once."""

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from twin_merging_hf import modeling
-from twin_merging_hf.modeling.configuration_twin_merging import ROUTER_PASSES, TwinMergingConfig
+from twin_merging_hf.modeling.configuration_twin_merging import TwinMergingConfig
 from twin_merging_hf.modeling.deltas_twin_merging import delta_key, parameter_owners
 from twin_merging_hf.modeling.factors_twin_merging import INTEGER_BITS, pack_nibbles
 
@@ -247,11 +247,6 @@ def fit_router(model: Any, inputs: dict, sharpness: float = 1.0) -> None:
         directions = directions * (sharpness / size)
         linear.weight.copy_(directions)
         linear.bias.copy_(-(directions @ features.mean(0)))
-
-
-def late_exists() -> bool:
-    """Whether the model code at hand has the routing pass `late`."""
-    return "late" in ROUTER_PASSES
 
 
 # ---- expert weights ----------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def test_goals_are_judged():
     assert found == [("A2", False), ("A2", True), ("A6", False), ("A7", True), ("A7", False)]
 
 
-def test_every_goal_names_a_cell_that_the_full_run_has(monkeypatch):
+def test_every_goal_names_a_cell_that_the_full_run_has():
     sections, goals = module("inference_sections"), module("inference_goals")
     small = {"encoder": encoder(), "decoder": decoder(), "dense_rows": 1, "new": 128}
     names = set()
