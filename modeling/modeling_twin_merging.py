@@ -283,6 +283,8 @@ class TwinMergingPreTrainedModel(LateMixin, PlansMixin, PushMixin):
         mask = inputs.get("attention_mask")
         if isinstance(router, LexicalRouter):
             return router.features(states, mask, inputs.get("input_ids"))
+        if isinstance(router, ProjectionRouter):  # through its forward, which brings an offloaded basis back
+            return router(states, mask)
         return router.features(states, mask)
 
     def _routing_hidden(self, inputs: dict) -> torch.Tensor:
