@@ -5,17 +5,22 @@ from pathlib import Path
 
 import pytest
 import transformers
+import yaml
 from transformers import AutoTokenizer, GenerationConfig
+from typer.testing import CliRunner
 
 from tests import tiny
 from tests.modeling.language import GREEDY, NAMES, LanguageWorld, prompts
 from twin_merging_hf import modeling
 from twin_merging_hf.artifact import check_artifact, inspect_artifact
 from twin_merging_hf.builder import build_artifact, plan_build
+from twin_merging_hf.cli import app
 from twin_merging_hf.editing import Newcomer, add_expert, remove_expert
 from twin_merging_hf.errors import TwinMergingError
 from twin_merging_hf.evaluate_artifact import evaluate_artifact
 from twin_merging_hf.progress import Progress
+from twin_merging_hf.recipe import parse_recipe
+from twin_merging_hf.starter import describe_look, look_at, starter_recipe
 
 
 KINDS = {"llama-lm": "text-generation", "t5-lm": None, "bert-lm": "fill-mask"}
@@ -192,3 +197,19 @@ def test_integers_and_sparse_deltas_pass_the_proof_of_a_build_in_every_rule(lang
     recipe = tiny.write_recipe(folder, NAMES, data=False, file=f"{tmp_path.name}.yaml", exclusive=exclusive)
     result = build_artifact(recipe, tmp_path / "artifact", Progress(quiet=True))
     assert result.report["probe"]["largest_relative_difference"] < 1e-4
+
+
+def test_commands_know_language_models(language, tmp_path):
+    folder = language.experts("llama-lm")
+    looks = look_at([str(folder / "a"), str(folder / "b")], str(folder / "base"), tmp_path)
+    assert [look.misfits for look in looks] == [[], [], []]
+    assert "labels" not in "".join(describe_look(looks[0]))
+    text = starter_recipe(looks, tmp_path)
+    assert '{"prompt": ..., "completion": ...}' in text and "LABEL_0" not in text
+    assert parse_recipe(yaml.safe_load(text), tmp_path).names == ["a", "b"]
+    for kind, says in (("llama-lm", 'pipeline("text-generation"'), ("t5-lm", "AutoModelForSeq2SeqLM")):
+        artifact = str(language.artifact(kind))
+        checked = CliRunner().invoke(app, ["check", artifact])
+        assert checked.exit_code == 0 and says in checked.output, checked.output
+        shown = CliRunner().invoke(app, ["inspect", artifact])
+        assert "a: language model" in shown.output and "0 labels" not in shown.output, shown.output

@@ -139,10 +139,11 @@ def build(
 
 def _print_plan(plan, recipe: Path, out: Path) -> None:
     for expert in plan.experts:
-        labels = "regression" if expert["problem_type"] == "regression" else f"{len(expert['labels'])} labels"
+        labels = _KINDS.get(expert["problem_type"], f"{len(expert['labels'])} labels")
         typer.echo(f"expert {expert['name']}: {expert['source']}, {labels}")
     shown = ", ".join(plan.labels[:8]) + (", ..." if len(plan.labels) > 8 else "")
-    typer.echo(f"labels of the artifact ({len(plan.labels)}): {shown}")
+    if plan.labels:
+        typer.echo(f"labels of the artifact ({len(plan.labels)}): {shown}")
     typer.echo(f"router: {plan.router_type}")
     ratio = 1 + plan.delta_bytes / plan.shared_bytes
     typer.echo(
@@ -229,6 +230,8 @@ def check(
         typer.echo(f"{artifact} is whole\nnext: {use.format(artifact=artifact, task=task)}")
 
 
+# Experts without a list of labels, by their problem type.
+_KINDS = {"regression": "regression", "language_modeling": "language model"}
 _USE = (
     "in Python:\n"
     "  import twin_merging_hf\n"
@@ -256,10 +259,10 @@ def inspect(
         if as_json:
             typer.echo(json.dumps(asdict(found), indent=2, ensure_ascii=False))
             return
-        typer.echo(f"{found.folder}: {found.shared_class}, {len(found.experts)} experts, {len(found.labels)} labels")
+        labels = f", {len(found.labels)} labels" if found.labels else ""
+        typer.echo(f"{found.folder}: {found.shared_class}, {len(found.experts)} experts{labels}")
         for expert in found.experts:
-            kinds = {"regression": "regression", "language_modeling": "language model"}
-            kind = kinds.get(expert["problem_type"], ", ".join(expert["labels"][:8]))
+            kind = _KINDS.get(expert["problem_type"], ", ".join(expert["labels"][:8]))
             entries = f"{found.delta['sizes'][expert['name']]} entries"
             extent = entries if found.delta["kind"] == "sparse" else f"rank {found.rank[expert['name']]}"
             typer.echo(

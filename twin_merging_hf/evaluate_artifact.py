@@ -18,17 +18,18 @@ from .align_experts import align_inputs
 from .artifact import LAYOUT, pipeline_task, read_config, storage
 from .data import read_rows
 from .errors import TwinMergingError
-from .evaluation import ArtifactOutputs, artifact_outputs, checkpoint_model, model_outputs, static_merge
+from .evaluate_task import Answers, Task, as_scored, task_answers
+from .evaluation import checkpoint_model, model_outputs, static_merge
 from .inference import BATCH
-from .language_evaluation import longest_completion, references, text_difference, written_texts
+from .language_evaluation import longest_completion, text_difference, written_texts
 from .merging import MERGE_METHODS
-from .metrics import Metric, ScoreTable, bootstrap_difference, metric_for
+from .metrics import ScoreTable, bootstrap_difference, metric_for
 from .preflight import Inputs, preflight
 from .processing import Processing, load_processing, position_limit
 from .progress import Progress, no_loading_bars
 from .recipe import load_recipe
 from .row_hashes import RowHashes, read_hashes, recorded_hashes, refuse_overlap
-from .scoring import artifact_predictions, calibration, expert_predictions, labels_of, router_score
+from .scoring import calibration, expert_predictions, router_score
 from .timing import time_ratio
 from .verdict import mean_label
 
@@ -42,37 +43,6 @@ _KINDS = {
     "AutoModelForSeq2SeqLM": "prompt",
 }
 _TIMED_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class Task:
-    """One expert's task: its rows, and how they are scored."""
-
-    name: str
-    expert: int
-    path: Path
-    rows: list[dict]
-    regression: bool
-    metric: Metric
-    train_mean: float | None = None
-    writes: bool = False
-    """Rows are prompts, and the answers texts."""
-
-    @property
-    def truth(self) -> Any:
-        """What the answers are compared with: label ids, numbers or texts."""
-        return references(self.rows) if self.writes else labels_of(self.rows)
-
-
-@dataclass(frozen=True)
-class WrittenAnswers:
-    """An artifact's texts to rows of prompts, and the weights that acted [row, expert]."""
-
-    texts: list[str]
-    expert_weights: torch.Tensor
-
-
-Answers = ArtifactOutputs | WrittenAnswers
 
 
 def evaluate_artifact(
@@ -122,8 +92,8 @@ def evaluate_artifact(
         notes += [f"{name}: no rows given, so not evaluated" for name in config.expert_names if name not in files]
         model, processing = _load(folder, config, device)
         bar = progress.counter("evaluating the artifact", 2 * sum(len(task.rows) for task in tasks))
-        routed = {t.expert: _answers(model, t, processing, None, bar.update) for t in tasks}
-        given = {t.expert: _answers(model, t, processing, t.name, bar.update) for t in tasks}
+        routed = {t.expert: task_answers(model, t, processing, None, bar.update) for t in tasks}
+        given = {t.expert: task_answers(model, t, processing, t.name, bar.update) for t in tasks}
         bar.close()
         times = _times(model, tasks, processing)
         compared = _compare(model, tasks, routed, given, seed, resamples)
@@ -381,25 +351,6 @@ class _Compared:
     calibration: dict | None
 
 
-def _answers(model: Any, task: Task, processing: Processing, expert: str | None, tick: Callable[[int], Any]) -> Answers:
-    """What an artifact says to a task's rows, routed by itself or with the expert given."""
-    if not task.writes:
-        return artifact_outputs(model, task.rows, processing, expert, tick)
-    tokens = longest_completion(task.rows, processing)
-    texts, weights = written_texts(
-        model, task.rows, processing, tokens, routed=expert is None, experts=expert, tick=tick
-    )
-    assert weights is not None
-    return WrittenAnswers(texts, weights)
-
-
-def _scored(model: Any, task: Task, answers: Answers) -> Any:
-    """Answers as the task's metric takes them: label ids, numbers or texts."""
-    if isinstance(answers, WrittenAnswers):
-        return answers.texts
-    return artifact_predictions(model, task.expert, answers, task.train_mean)
-
-
 def _compare(
     model: Any,
     tasks: list[Task],
@@ -412,7 +363,7 @@ def _compare(
     differences, by_task = {}, {}
     for task in tasks:
         t, truth, draw = task.expert, task.truth, f"{seed}:{task.name}"
-        by_itself, by_hand = _scored(model, task, routed[t]), _scored(model, task, given[t])
+        by_itself, by_hand = as_scored(model, task, routed[t]), as_scored(model, task, given[t])
         scores["routed"][task.name] = task.metric(by_itself, truth)
         scores["given"][task.name] = task.metric(by_hand, truth)
         if task.writes:

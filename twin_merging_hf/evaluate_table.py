@@ -7,6 +7,10 @@ from .errors import TwinMergingError
 from .pictures import draw_evaluation
 
 
+# Of language models, encoder-decoders having no pipeline.
+_WITHOUT_HEADS = ("text-generation", None)
+
+
 def table(evaluation: dict) -> list[str]:
     """The scores of `evaluate_artifact` in lines of equal columns, and what else was measured."""
     columns = {"expert": evaluation["experts"]["scores"]}
@@ -24,7 +28,7 @@ def table(evaluation: dict) -> list[str]:
     lowest = [_number((scores["minimum"] or {}).get("normalised"), 2) for scores in _methods(evaluation).values()]
     lines.append(_row("minimum", width, "", ["", "", *("" for _ in means), *lowest]))
     lines.append(f"% of the own expert's score; experts: {evaluation['experts']['source']}")
-    if evaluation["merges"]:
+    if evaluation["merges"] and evaluation["task"] not in _WITHOUT_HEADS:
         lines.append(f"static merges ({', '.join(evaluation['merges'])}) have the true task's head, which no user has")
     return [*lines, "", *_measured(evaluation), *(f"note: {note}" for note in evaluation["notes"])]
 
