@@ -83,6 +83,9 @@ class TwinMergingConfig(PreTrainedConfig):
             Dimension of the space in which strangeness is measured; None: one less than there are experts (at least 1).
         format_version (`int`):
             Version of this layout; a newer one than the code knows is refused.
+        shared_reference (`dict`, *optional*):
+            Where the shared model is, if the artifact does not hold it: `model` (folder or Hub id of the base), `revision`
+            (commit, or null) and `sha256` of its weight files.
         provenance (`dict`):
             Where the artifact came from: recipe digest, sources and fingerprints, versions, seed, scores.
     """
@@ -121,6 +124,7 @@ class TwinMergingConfig(PreTrainedConfig):
     router_temperature: float = 1.0
     router_top_k: int | None = None
     format_version: int = FORMAT_VERSION
+    shared_reference: dict | None = None
     provenance: dict = field(default_factory=dict)
 
     def __post_init__(self, **kwargs):
@@ -244,8 +248,17 @@ class TwinMergingConfig(PreTrainedConfig):
                 or not 0 < temperature < math.inf
             ):
                 raise ValueError(f"expert {expert['name']!r}: `temperature` must be positive, got {temperature!r}")
+        self._validate_reference()
         self._validate_deltas()
         self._validate_router()
+
+    def _validate_reference(self) -> None:
+        reference = self.shared_reference
+        if reference is None:
+            return
+        legal = isinstance(reference, dict) and all(isinstance(reference.get(key), str) for key in ("model", "sha256"))
+        if not legal or not re.fullmatch(r"[0-9a-f]{64}", reference["sha256"]):
+            raise ValueError(f"`shared_reference` must give `model` and the `sha256` of its weights, got {reference!r}")
 
     def _validate_deltas(self) -> None:
         for field_name, unit, most in (("ranks", "rank", 1 << 20), ("sparse_deltas", "count", 1 << 31)):

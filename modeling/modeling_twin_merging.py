@@ -25,6 +25,7 @@ from .classification_twin_merging import ClassificationMixin, TwinMergingClassif
 from .configuration_twin_merging import LANGUAGE, TwinMergingConfig
 from .costs_twin_merging import Costs  # noqa: F401 - likewise
 from .deltas_twin_merging import attach_deltas
+from .export_twin_merging import ExportMixin
 from .factors_twin_merging import INTEGER_BITS, ExactDelta, FactoredDelta
 from .generation_twin_merging import (
     CausalLMMixin,
@@ -43,6 +44,14 @@ from .norms_twin_merging import NormForward  # noqa: F401 - likewise
 from .padding_twin_merging import TOKEN_INPUTS, align_left, restore_order
 from .plans_twin_merging import PlansMixin
 from .push_twin_merging import PushMixin
+from .reference_twin_merging import (
+    HUB_OPTIONS,
+    base_state,
+    generation_settings,
+    is_referenced,
+    own_state,
+    refuse_changed,
+)
 from .report_twin_merging import PlanReport  # noqa: F401 - likewise
 from .routing_twin_merging import (
     LexicalRouter,
@@ -96,7 +105,7 @@ class TwinMergingModelOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-class TwinMergingPreTrainedModel(LateMixin, PlansMixin, PushMixin):
+class TwinMergingPreTrainedModel(ExportMixin, LateMixin, PlansMixin, PushMixin):
     """What all Twin-Merging models share: the shared task model, the deltas, the router, and how weights are chosen."""
 
     config_class = TwinMergingConfig
@@ -457,19 +466,25 @@ class TwinMergingPreTrainedModel(LateMixin, PlansMixin, PushMixin):
         Load an artifact. As in Transformers, but a missing or unexpected tensor raises.
 
         Raises:
-            ValueError: a tensor of the artifact is missing, unexpected or of another shape (named), or tensor
-                parallelism is asked for.
+            ValueError: a tensor of the artifact is missing, unexpected or of another shape (named), tensor
+                parallelism is asked for, or a base that the shared model is a reference to is not to be had or changed
+                (`shared_model=` says where it is, if not where it was).
         """
         if kwargs.get("tp_plan") is not None or kwargs.get("tp_size") is not None:
             raise ValueError("tensor parallelism is not supported by Twin-Merging models; use `device_map`")
         want_info = kwargs.pop("output_loading_info", False)
+        names = (*HUB_OPTIONS, "revision", "subfolder")
+        options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        shared_model = kwargs.pop("shared_model", None)
         # Tensors of another shape come back in the info, to be refused below by name.
         kwargs["ignore_mismatched_sizes"] = True
         kwargs["use_safetensors"] = True  # a pickle could run code
-        names = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
-        options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        source = pretrained_model_name_or_path
-        before = STORED.set(stored_bytes(str(source), options) if source is not None else None)
+        source = cls._with_reference(pretrained_model_name_or_path, kwargs, options, shared_model)
+        if source is None and kwargs.get("state_dict"):
+            stored = sum(tensor.nbytes for tensor in kwargs["state_dict"].values())
+        else:
+            stored = stored_bytes(str(source), options) if source is not None else None
+        before = STORED.set(stored)
         try:
             loaded: Any = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
         finally:
@@ -487,8 +502,29 @@ class TwinMergingPreTrainedModel(LateMixin, PlansMixin, PushMixin):
                 f"`num_labels`, `id2label` and `label2id` of an artifact follow from its experts and cannot be changed; "
                 f"it has {len(model.label_space.labels)} labels: {', '.join(model.label_space.labels[:5])}, ..."
             )
-        model._artifact_source = (str(source), options)
+        model._artifact_source = (str(pretrained_model_name_or_path), options)
+        model._shared_source = shared_model
         return (model, info) if want_info else model
+
+    @classmethod
+    def _with_reference(cls, folder, kwargs: dict, options: dict, shared_model: str | None):
+        """
+        Where Transformers shall read the weights: `folder`, or None if the shared model is a reference to the base. Then all
+        tensors are put into `kwargs`.
+        """
+        config = kwargs.get("config")
+        if config is None and folder is not None:
+            config = cls.config_class.from_pretrained(folder, **options)
+        if not getattr(config, "shared_reference", None):
+            if shared_model is not None:
+                raise ValueError(f"{folder} holds its shared model itself; leave `shared_model` out")
+            return folder
+        hub = {name: value for name, value in options.items() if name in HUB_OPTIONS}
+        state = {**own_state(str(folder), options), **base_state(config, shared_model, hub)}
+        kwargs.update(config=config, state_dict=state)
+        if "generation_config" not in kwargs and cls.can_generate():
+            kwargs["generation_config"] = generation_settings(str(folder), options)
+        return None
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):  # type: ignore[override]
         """
@@ -496,6 +532,8 @@ class TwinMergingPreTrainedModel(LateMixin, PlansMixin, PushMixin):
         tokenizer or processor, pictures). Files that exist in `save_directory` already are not overwritten by
         companions. A save that is killed leaves no mixture of old and new (but with `push_to_hub`, which writes in place).
         """
+        if state_dict is None and self.config.shared_reference:
+            state_dict = self._state_without_base()
         if state_dict is None and not getattr(self, "hf_device_map", None):
             state_dict = self._storage_state_dict()
         kwargs |= {"is_main_process": is_main_process, "state_dict": state_dict}
@@ -509,6 +547,14 @@ class TwinMergingPreTrainedModel(LateMixin, PlansMixin, PushMixin):
                 self._restore_config(folder)
         if is_main_process and os.path.isdir(save_directory):
             self._copy_companions(save_directory)
+
+    def _state_without_base(self) -> dict:
+        """What an artifact stores whose shared model is the base by reference."""
+        source, options = getattr(self, "_shared_source", None), getattr(self, "_artifact_source", (None, {}))[1]
+        hub = {name: value for name, value in options.items() if name in HUB_OPTIONS}
+        state = self._storage_state_dict()
+        refuse_changed(state, base_state(self.config, source, hub))
+        return {name: value for name, value in state.items() if not is_referenced(name, self.config)}
 
     def _storage_state_dict(self) -> dict:
         """State dict with the factors in their storage type (loading widens floats to the model's type)."""

@@ -14,12 +14,11 @@ from twin_merging_hf.compression import spectrum
 from twin_merging_hf.recipe import load_recipe
 from twin_merging_hf.separation import (
     Separation,
-    as_matrix,
     delta_from_base,
-    matrix_shape,
     planned_bytes,
     separate,
 )
+from twin_merging_hf.shapes import as_matrix, matrix_shape
 
 
 NAMES = ("a", "b", "c")

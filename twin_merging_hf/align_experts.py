@@ -74,6 +74,12 @@ def needs_alignment(inputs: Inputs) -> bool:
 
 def view_aligned(inputs: Inputs, settings: AlignmentSettings, progress: Progress) -> Inputs:
     """Align the experts and return the inputs as seen through it, the report included. Raises as `align_inputs`."""
+    for expert in inputs.experts:
+        if expert.adapter_of is not None:
+            raise TwinMergingError(
+                f"{expert.role} is a LoRA adapter, and moving units would part it from its base: leave `alignment` out (LoRAs of "
+                "one base need none), or merge it in PEFT (`merge_and_unload`) and give the full checkpoint"
+            )
     reference = inputs.recipe.names.index(settings.reference) if settings.reference else 0
     model = checkpoint_model(inputs.experts[reference])
     try:

@@ -21,6 +21,7 @@ from twin_merging_hf.modeling import TwinMergingConfig
 from twin_merging_hf.modeling.deltas_twin_merging import delta_key
 from twin_merging_hf.modeling.heads_twin_merging import LabelSpace
 from twin_merging_hf.modeling.modeling_twin_merging import AUTO_MAP
+from twin_merging_hf.modeling.reference_twin_merging import is_referenced
 from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
 
 from .errors import TwinMergingError, is_file
@@ -211,7 +212,10 @@ _DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I1
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes of an artifact by part; `ratio` is all tensor bytes over those of the shared backbone."""
+    """
+    Bytes of an artifact by part; `ratio` is all tensor bytes over those of the shared backbone. A shared model by reference
+    counts, although it lies elsewhere: it has to be loaded.
+    """
 
     shared: int
     deltas: int
@@ -234,6 +238,11 @@ def storage(folder: Path, config: TwinMergingConfig) -> Storage:
     for name, size in tensor_sizes(folder).items():
         part = "heads" if name.startswith(heads) else name.split(".")[0]
         parts[part if part in parts else "shared"] += size
+    if config.shared_reference:
+        skeleton = _skeleton(config)
+        tied, width = skeleton.all_tied_weights_keys, (config.dtype or torch.float32).itemsize
+        base = {name: tensor for name, tensor in skeleton.state_dict().items() if is_referenced(name, config)}
+        parts["shared"] = sum(width * tensor.numel() for name, tensor in base.items() if name not in tied)
     return Storage(**parts)
 
 
@@ -301,7 +310,9 @@ def _check_tensors(folder: Path, config: TwinMergingConfig) -> list[str]:
         except _DAMAGED as error:
             raise TwinMergingError(f"{file}: damaged: {error}") from error
     # Of tied tensors one is stored.
-    unseen = set(expected) - seen - set(skeleton.all_tied_weights_keys)
+    referenced = {name for name in expected if is_referenced(name, config)}
+    problems += [f"tensor {name!r} is the base's, to which the config refers" for name in sorted(seen & referenced)]
+    unseen = set(expected) - seen - referenced - set(skeleton.all_tied_weights_keys)
     return problems + [f"tensor {name!r} is missing" for name in sorted(unseen)]
 
 
@@ -355,6 +366,8 @@ class Inspection:
     delta: dict
     """How deltas are stored: `kind` (`factors` or `sparse`), `dtype`, `sizes` (sum of ranks or of entries, by expert)."""
     provenance: dict
+    shared_reference: dict | None = None
+    """Where the shared model is, if the artifact does not hold it."""
 
 
 def inspect_artifact(folder: Path) -> Inspection:
@@ -385,6 +398,7 @@ def inspect_artifact(folder: Path) -> Inspection:
             "sizes": dict(zip(config.expert_names, totals, strict=True)),
         },
         provenance=config.provenance,
+        shared_reference=config.shared_reference,
     )
 
 

@@ -166,6 +166,7 @@ def _assemble(separation: Separation, inputs: Inputs, routing: dict[str, Any]) -
         factor_dtype=factor_dtype(inputs),
         is_encoder_decoder=space.kind == "language" and shared_config.is_encoder_decoder,
         **label_fields(space),
+        shared_reference=_shared_reference(inputs),
         provenance=_provenance(inputs),
         dtype=dtype,
         **routing,
@@ -213,6 +214,16 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
+def _shared_reference(inputs: Inputs) -> dict | None:
+    """Where the shared model is, if the recipe wants no copy of it."""
+    base = inputs.base
+    if not inputs.recipe.shared_by_reference or base is None:
+        return None
+    if base.from_hub:
+        return {"model": base.source.partition("@")[0], "revision": commit_of(base.path), "sha256": base.fingerprint()}
+    return {"model": str(base.path.resolve()), "revision": None, "sha256": base.fingerprint()}
+
+
 def _provenance(inputs: Inputs) -> dict:
     recipe = inputs.recipe
     sources = {"base": inputs.base} if inputs.base else {}
@@ -235,6 +246,7 @@ def source_of(checkpoint: Checkpoint) -> dict:
         "revision": commit_of(checkpoint.path) if checkpoint.from_hub else None,
         "sha256": checkpoint.fingerprint(),
         "config_sha256": settings_fingerprint(checkpoint.path),
+        **({"adapter_of": checkpoint.adapter_of} if checkpoint.adapter_of else {}),
         **card_facts(checkpoint.path),
     }
 

@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from twin_merging_hf.modeling.limits_twin_merging import check_sizes
 from twin_merging_hf.modeling.shared_twin_merging import LANGUAGE_MODELS, find_shared_class, refuse_language_model
 
+from .adapters import ADAPTER_WEIGHTS, is_adapter
 from .errors import TwinMergingError, is_file, without_tokens
 
 
@@ -28,6 +29,11 @@ _INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _MOST_CONFIG_CHARACTERS = 1 << 24
 _SETTINGS = ("config.json", "adapter_config.json")
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 _HUB_ID = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
 
 
@@ -147,8 +153,9 @@ class Checkpoint:
         return torch.Size(self._open(file).get_slice(key).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of a tensor as stored."""
-        return self.tensor(name).dtype
+        """Type of a tensor as stored, without reading it."""
+        file, key = self.places[name]
+        return _DTYPES[self._open(file).get_slice(key).get_dtype()]
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor, as stored."""
@@ -161,6 +168,20 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """SHA-256 of the weight files, in order of their names."""
         return weights_fingerprint(self.path, self.role)
+
+    def load_model(self) -> PreTrainedModel:
+        """The checkpoint as its own stock class, float32."""
+        return self.task_class.from_pretrained(self.path, dtype=torch.float32).eval()
+
+    @property
+    def adapter_of(self) -> str | None:
+        """For a LoRA adapter, the base that it is put on."""
+        return None
+
+    @property
+    def processing_paths(self) -> list[Path]:
+        """Folders in which tokenizer, image processor and generation settings may lie; the first that has them counts."""
+        return [self.path]
 
     def close(self) -> None:
         """Close the files."""
@@ -176,7 +197,9 @@ class Checkpoint:
 
 
 def weights_fingerprint(path: Path, role: str) -> str:
-    """SHA-256 of a model folder's weight files, in order of their names. Raises as `open_checkpoint`."""
+    """SHA-256 of a model folder's weight files (an adapter's own), in order of their names. Raises as `open_checkpoint`."""
+    if is_adapter(path):
+        return _sha256([path / ADAPTER_WEIGHTS])
     return _sha256(sorted(set(_weight_files(path, role).values())))
 
 
@@ -207,7 +230,7 @@ def resolve(source: str, folder: Path, role: str) -> Path:
         TwinMergingError: there is no such folder, and no such repository can be had from the Hub.
     """
     try:
-        local = _local_folder(source, folder)
+        local = local_folder(source, folder)
         if local.is_dir():
             return local
     except (OSError, RuntimeError, ValueError) as error:  # such as `~nobody`, or a name that no file can have
@@ -225,7 +248,8 @@ def resolve(source: str, folder: Path, role: str) -> Path:
         ) from error
 
 
-def _local_folder(source: str, folder: Path) -> Path:
+def local_folder(source: str, folder: Path) -> Path:
+    """Where a source lies if it is a folder."""
     return folder / Path(source).expanduser()  # an absolute path stays itself
 
 
@@ -240,17 +264,56 @@ def open_checkpoint(source: str, folder: Path, role: str, like: Checkpoint | Non
         TwinMergingError: no config, no safetensors, a damaged file, or a class that is not Transformers' own.
     """
     path = resolve(source, folder, role)
-    config = _load_config(path, role)
+    config = load_config(path, role)
     if like is not None:
         if config.model_type != like.config.model_type:
             raise TwinMergingError(
                 f"{role} is a {config.model_type} model, but {like.role} is a {like.config.model_type} model; "
                 "all must be of one architecture"
             )
-        task_class = like.task_class
-        config = _with_labels(config, like.config)
-    else:
-        task_class = _task_class(config, role)
+        return open_base(source, folder, role, like.task_class, like.config)
+    task_class = _task_class(config, role)
+    skeleton = _skeleton(task_class, config, path, role)
+    places, missing, extra, ignored, copies = _locate(skeleton, _weight_files(path, role), role)
+    from_hub = not local_folder(source, folder).is_dir()
+    return Checkpoint(
+        role, source, path, config, task_class, skeleton, places, missing, extra, ignored, from_hub, copies=copies
+    )
+
+
+def open_base(
+    source: str, folder: Path, role: str, task_class: type[PreTrainedModel], like: PreTrainedConfig
+) -> Checkpoint:
+    """
+    Open the backbone of a checkpoint of any head as a task class with the labels of `like`; its own head is ignored.
+
+    Raises:
+        TwinMergingError: as `open_checkpoint`.
+    """
+    path = resolve(source, folder, role)
+    own_config = load_config(path, role)
+    config = _with_labels(load_config(path, role), like)
+    skeleton = _skeleton(task_class, config, path, role)
+    places, missing, extra, ignored, copies = _locate(skeleton, _weight_files(path, role), role)
+    from_hub = not local_folder(source, folder).is_dir()
+    base = Checkpoint(
+        role, source, path, config, task_class, skeleton, places, missing, extra, ignored, from_hub, copies=copies
+    )
+    known = _own_tensors(own_config, skeleton)
+    base.ignored = sorted(set(ignored) | {name for name in extra if name in known})
+    base.extra = [name for name in extra if name not in known]
+    heads = [name for name in places if not base.in_backbone(name)]
+    base.ignored += [name for name in heads if name not in base.ignored]
+    base.places = {name: place for name, place in places.items() if name not in heads}
+    held = _own_tensors(own_config, None)
+    missing = [name for name in missing if base.in_backbone(name)]
+    base.absent = [name for name in missing if held and name not in held]
+    base.missing = [name for name in missing if name not in base.absent]
+    return base
+
+
+def _skeleton(task_class: type[PreTrainedModel], config: PreTrainedConfig, path: Path, role: str) -> PreTrainedModel:
+    """The task model without its weights. Raises `TwinMergingError` if the config does not fit, or no rule fits the model."""
     _refuse(task_class, config, role)
     try:
         with torch.device("meta"):
@@ -260,32 +323,17 @@ def open_checkpoint(source: str, folder: Path, role: str, like: Checkpoint | Non
             f"{role}: {path / 'config.json'} describes no {task_class.__name__}: {error!r}"
         ) from error
     _refuse_fused_experts(skeleton, role)
-    files = _weight_files(path, role)
-    places, missing, extra, ignored, copies = _locate(skeleton, files, role)
-    absent: list[str] = []
-    if like is not None:
-        in_backbone = like.in_backbone
-        own_config = _load_config(path, role)  # `config` has the experts' labels by now
-        known = _own_tensors(own_config, like)
-        ignored = sorted(set(ignored) | {name for name in extra if name in known})
-        extra = [name for name in extra if name not in known]
-        heads = [name for name in places if not in_backbone(name)]
-        ignored += [name for name in heads if name not in ignored]
-        places = {name: place for name, place in places.items() if name not in heads}
-        missing = [name for name in missing if in_backbone(name)]
-        held = _own_tensors(own_config, None)
-        absent = [name for name in missing if held and name not in held]
-        missing = [name for name in missing if name not in absent]
-    from_hub = not _local_folder(source, folder).is_dir()
-    return Checkpoint(
-        role, source, path, config, task_class, skeleton, places, missing, extra, ignored, from_hub, absent, copies
-    )
+    return skeleton
 
 
-def _load_config(path: Path, role: str) -> PreTrainedConfig:
+def load_config(path: Path, role: str) -> PreTrainedConfig:
+    """Read a checkpoint's config; none of its code runs. Raises `TwinMergingError` if there is none, or it is damaged."""
     if not (path / "config.json").is_file():
-        lora = " (it looks like a PEFT adapter, which this version cannot build from)"
-        hint = lora if (path / "adapter_config.json").is_file() else ""
+        hint = (
+            " (it is a PEFT adapter; adapters are experts, not bases)"
+            if (path / "adapter_config.json").is_file()
+            else ""
+        )
         raise TwinMergingError(f"{role}: {path} has no config.json{hint}")
     try:
         text = (path / "config.json").read_text(encoding="utf-8")
@@ -416,12 +464,12 @@ def _locate(skeleton: PreTrainedModel, files: dict[str, Path], role: str) -> tup
     return places, missing, extra, ignored, copies
 
 
-def _own_tensors(config: PreTrainedConfig, like: Checkpoint | None) -> set[str]:
-    """Names of the tensors of a base checkpoint's own class, and of the whole backbone of `like`'s class."""
+def _own_tensors(config: PreTrainedConfig, skeleton: PreTrainedModel | None) -> set[str]:
+    """Names of the tensors of a base checkpoint's own class, and of the whole backbone of a task model's class."""
     import transformers
 
     names: set[str] = set()
-    also = [] if like is None else [type(like.skeleton.base_model).__name__]
+    also = [] if skeleton is None else [type(skeleton.base_model).__name__]
     for class_name in [*(config.architectures or []), *also]:
         own_class = getattr(transformers, class_name, None)
         if not (isinstance(own_class, type) and issubclass(own_class, PreTrainedModel)):
@@ -434,6 +482,7 @@ def _own_tensors(config: PreTrainedConfig, like: Checkpoint | None) -> set[str]:
 
 def generation_settings(checkpoint: Checkpoint) -> GenerationConfig:
     """How a checkpoint generates unless told otherwise: its generation_config.json, else what its config says."""
-    if (checkpoint.path / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(checkpoint.path)
+    for path in checkpoint.processing_paths:
+        if (path / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(path)
     return GenerationConfig.from_model_config(checkpoint.config)

@@ -270,6 +270,10 @@ def inspect(
             )
         router = ", ".join(f"{key} {value}" for key, value in found.router.items() if value is not None)
         typer.echo(f"router: {router}")
+        if found.shared_reference:
+            revision = found.shared_reference.get("revision")
+            where = found.shared_reference["model"] + (f"@{revision}" if revision else "")
+            typer.echo(f"shared: by reference, the base is fetched from {where}")
         size = found.storage
         parts = ", ".join(f"{part} {size[part] / 1e6:.2f} MB" for part in ("shared", "deltas", "heads", "router"))
         typer.echo(f"size: {size['total'] / 1e6:.2f} MB ({parts}), {size['ratio']} times the shared backbone")
@@ -471,6 +475,40 @@ def _named(option: str, pairs: list[str]) -> dict[str, str]:
             raise TwinMergingError(f"{option} is given twice for {name!r}")
         found[name] = value
     return found
+
+
+@app.command()
+def export(
+    artifact: Annotated[Path, typer.Argument(help="Folder of an artifact.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the export; must not exist.")],
+    format: Annotated[str, typer.Option("--format", help="merged, peft or vllm.")],
+    expert: Annotated[str | None, typer.Option(help="merged: the one expert.")] = None,
+    weights: Annotated[str | None, typer.Option(help="merged: instead, fixed weights: sst2=0.7,qqp=0.3.")] = None,
+    head: Annotated[str | None, typer.Option(help="merged, with --weights: whose head it gets.")] = None,
+    base_id: Annotated[
+        str | None, typer.Option(help="peft, vllm: the base that adapters name, such as its later Hub id.")
+    ] = None,
+    allow_embeddings: Annotated[
+        bool, typer.Option("--allow-embeddings", help="vllm: also adapt the embedding and the output layer.")
+    ] = False,
+) -> None:
+    """Write an artifact as plain models: one merged checkpoint, or LoRAs for PEFT or vLLM."""
+    from . import export as exports
+
+    with _errors(out):
+        given = {"--expert": expert, "--weights": weights, "--head": head, "--base-id": base_id}
+        given["--allow-embeddings"] = "yes" if allow_embeddings else None
+        exports.check_options(format, {name for name, value in given.items() if value is not None})
+        if format == "merged":
+            chosen = exports.parse_weights(weights) if weights is not None else str(expert)
+            found = exports.export_merged(artifact, out, chosen, head)
+        elif format == "peft":
+            found = exports.export_adapters(artifact, out, base_id)
+        else:
+            found = exports.export_vllm(artifact, out, base_id, allow_embeddings)
+        for line in exports.describe_export(found):
+            typer.echo(line)
+        typer.echo(f"\nwrote {out}\nnext: {found.next}")
 
 
 @app.command()

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .low_rank import Delta, LowRank, energy_of
+
 
 # Randomised SVD pays where the rank is small beside the matrix; below this size the exact one costs nothing.
 _EXACT_BELOW = 128
@@ -41,17 +43,20 @@ class Factors:
         return self.kept / self.total if self.total > 0 else 1.0
 
 
-def compress(matrix: torch.Tensor, rank: int, seed_text: str) -> Factors:
+def compress(matrix: Delta, rank: int, seed_text: str) -> Factors:
     """
-    Truncate the SVD of a matrix [m, n] to `rank`.
+    Truncate the SVD of a matrix [m, n] to `rank`; a product has no more directions than its factors give it.
 
     Args:
         seed_text: names the matrix; the randomised path draws its sketch from it, so that results do not depend on
             the order of work.
     """
-    matrix = matrix.float()
-    total = float(matrix.double().pow(2).sum())
-    u, s, vh = truncated_svd(matrix, rank, seed_text)
+    total = energy_of(matrix)
+    if isinstance(matrix, LowRank):
+        u, s, vh = (part.float() for part in matrix.svd())
+        u, s, vh = u[:, :rank], s[:rank], vh[:rank]
+    else:
+        u, s, vh = truncated_svd(matrix.float(), rank, seed_text)
     root = s.clamp(min=0).sqrt()
     return Factors((u * root).contiguous(), (root[:, None] * vh).contiguous(), float(s.double().pow(2).sum()), total)
 
@@ -130,8 +135,10 @@ class Spectrum:
     complete: bool
 
 
-def spectrum(matrix: torch.Tensor, seed_text: str, cap: int = FIRST_CAP) -> Spectrum:
+def spectrum(matrix: Delta, seed_text: str, cap: int = FIRST_CAP) -> Spectrum:
     """Squared singular values: all of them where the smaller side is moderate, else at least the `cap` leading ones."""
+    if isinstance(matrix, LowRank):
+        return Spectrum(matrix.svd()[1].pow(2), matrix.energy(), True)
     matrix = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     smallest = matrix.shape[1]
     if smallest <= _GRAM_BELOW:
@@ -144,7 +151,7 @@ def spectrum(matrix: torch.Tensor, seed_text: str, cap: int = FIRST_CAP) -> Spec
     return Spectrum(values.double().pow(2), total, len(values) == smallest)
 
 
-def rank_for_energy(matrix: torch.Tensor, share: float, seed_text: str) -> int:
+def rank_for_energy(matrix: Delta, share: float, seed_text: str) -> int:
     """Smallest rank whose truncation keeps `share` of the squared Frobenius norm; 0 for a matrix of zeros."""
     cap = FIRST_CAP
     while True:

@@ -7,11 +7,14 @@ import torch
 
 from twin_merging_hf.modeling.heads_twin_merging import LabelSpace
 
+from .adapted import AdaptedCheckpoint
+from .checkpoints import Checkpoint
 from .edit_source import Source
 from .errors import TwinMergingError
 from .preflight import Inputs
 from .recipe import Recipe
-from .separation import Separation, matrix_shape, separate
+from .separation import Separation, separate
+from .shapes import matrix_shape
 
 
 # Of the `none` route where a recipe does not say which share of rows may be taken for strange.
@@ -69,6 +72,17 @@ def check_labels(source: Source, entry: dict, position: int, replaces: bool) -> 
         f"the label space changed from `{before.kind}` to `{after.kind}`: old ids stay, names are now "
         f"{', '.join(after.labels[:4])}, ..."
     ]
+
+
+def check_adapter_base(source: Source, newcomer: Checkpoint) -> None:
+    """Refuse a LoRA adapter whose base has other weight files than the base that the artifact was built on."""
+    recorded = source.config.provenance.get("sources", {}).get("base", {}).get("sha256")
+    if not isinstance(newcomer, AdaptedCheckpoint) or recorded in (None, newcomer.base.fingerprint()):
+        return
+    raise TwinMergingError(
+        f"{newcomer.role}: the adapter's base {newcomer.adapter_of} is not the base that the artifact was built on (its weight "
+        "files have another fingerprint); all experts must come from one base"
+    )
 
 
 def separate_newcomer(source: Source, alone: Inputs, others: Sequence[int]) -> Separation:

@@ -57,6 +57,9 @@ class BuiltBackbone(Checkpoint):
     def shape(self, name: str) -> torch.Size:
         return self.tensor(name).shape
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensor(name).dtype
+
 
 @dataclass(frozen=True)
 class Source:

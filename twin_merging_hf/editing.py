@@ -17,7 +17,7 @@ from twin_merging_hf.modeling.heads_twin_merging import LabelSpace
 from .artifact import LAYOUT, label_fields, refuse_existing, staged
 from .drift import Drift, measure_drift
 from .edit_folder import Edited, write_edited
-from .edit_newcomer import as_built, check_labels, separate_newcomer
+from .edit_newcomer import as_built, check_adapter_base, check_labels, separate_newcomer
 from .edit_recipe import Newcomer, StoredRecipe
 from .edit_record import REMOVE, edited_labels
 from .edit_router import EditedRouter, edited_fields, grow_router, needs_rows, shrink_router
@@ -156,6 +156,7 @@ class _Edit:
         alone = check_newcomer(as_built(recipe, self.source), recipe.experts[position], self.source.built)
         try:
             alone = replace(alone, rows=read_all_rows(alone.recipe, alone.entries, self.source.kind, alone.processing))
+            check_adapter_base(self.source, alone.experts[0])
             entry = alone.entries[0]
             self.notes += [*check_labels(self.source, entry, position, replaces), *alone.notes]
             self.progress.say("compressing its delta from the shared model")

@@ -18,7 +18,7 @@ from .shared_merge import merge_tensor
 
 def checkpoint_model(checkpoint: Checkpoint) -> PreTrainedModel:
     """The expert itself, as its own stock class, float32; of an aligned one, in its new order."""
-    model = checkpoint.task_class.from_pretrained(checkpoint.path, dtype=torch.float32).eval()
+    model = checkpoint.load_model()
     checkpoint.settle(model)
     return model
 

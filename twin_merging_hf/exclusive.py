@@ -10,6 +10,7 @@ from twin_merging_hf.modeling.factors_twin_merging import INTEGER_BITS, pack_nib
 from .artifact import factor_keys, scale_key, sparse_keys
 from .compression import compress, named_generator
 from .errors import TwinMergingError
+from .low_rank import Delta, squared_distance
 from .quantisation import quantise
 from .sparsification import largest_entries, random_entries
 
@@ -67,7 +68,7 @@ def direction_bytes(m: int, n: int, storage: str, model_dtype: torch.dtype) -> i
 
 def store_factors(
     name: str,
-    matrices: Sequence[torch.Tensor],
+    matrices: Sequence[Delta],
     ranks: Sequence[int],
     seed_texts: Sequence[str],
     storage: str,
@@ -87,16 +88,16 @@ def store_factors(
         factors = compress(matrix, rank, text)
         if bits is None:
             up, down = (part.to(getattr(torch, storage)) for part in (factors.up, factors.down))
-            product = up.float() @ down.float()
+            stored = up.float(), down.float()
         else:
             quantised = quantise(matrix, factors.up, factors.down, bits, model_dtype)
-            up, down, product = quantised.up, quantised.down, quantised.product()
+            up, down, stored = quantised.up, quantised.down, quantised.floats()
             scales.append(quantised.scale)
         ups.append(up)
         downs.append(down)
         energies.append(factors.total)
         kept.append(factors.kept)
-        lost.append(float((matrix - product).double().pow(2).sum()))
+        lost.append(squared_distance(matrix, *stored))
     up_key, down_key = factor_keys(name)
     tensors = {up_key: torch.cat(ups, dim=1).contiguous(), down_key: torch.cat(downs, dim=0).contiguous()}
     if bits == 4:

@@ -13,6 +13,7 @@ from twin_merging_hf.modeling.deltas_twin_merging import delta_rule, parameter_o
 from twin_merging_hf.modeling.heads_twin_merging import LabelSpace
 from twin_merging_hf.modeling.tags_twin_merging import TOKEN_CLASSES
 
+from .adapted import adapter_base, open_expert
 from .checkpoints import Checkpoint, open_checkpoint
 from .data import READ_AS_TEXT, ExpertRows, read_rows, split_rows
 from .errors import TwinMergingError
@@ -105,6 +106,7 @@ def preflight(recipe: Recipe, report: Callable[[str], None] = lambda message: No
     """
     problems: list[str] = []
     notes: list[str] = []
+    recipe = _with_base(recipe)
     experts, base, shared = _open_all(recipe, problems)
     first = experts[0]
     backbones = [*experts, *(checkpoint for checkpoint in (base, shared) if checkpoint is not None)]
@@ -144,7 +146,7 @@ def preflight(recipe: Recipe, report: Callable[[str], None] = lambda message: No
 
 def _open_all(recipe: Recipe, problems: list[str]) -> tuple[list[Checkpoint], Checkpoint | None, Checkpoint | None]:
     """Open the experts, the base model and the ready shared model; raise if that fails or their classes differ."""
-    opened = [_attempt(problems, open_checkpoint, e.model, recipe.folder, f"expert {e.name!r}") for e in recipe.experts]
+    opened = [_attempt(problems, _open_expert, expert, recipe) for expert in recipe.experts]
     _raise(problems)
     experts: list[Checkpoint] = opened
     first = experts[0]
@@ -160,6 +162,25 @@ def _open_all(recipe: Recipe, problems: list[str]) -> tuple[list[Checkpoint], Ch
             )
     _raise(problems)
     return experts, others[0], others[1]
+
+
+def _open_expert(expert: ExpertSpec, recipe: Recipe) -> Checkpoint:
+    role = f"expert {expert.name!r}"
+    return open_expert(expert.model, recipe.folder, role, recipe.base_model, expert.base_model)
+
+
+def _with_base(recipe: Recipe) -> Recipe:
+    """LoRA experts bring their base: without `base_model`, that of the first one is the base of all."""
+    if recipe.base_model is not None:
+        return recipe
+    for expert in recipe.experts:
+        try:
+            base = expert.base_model or adapter_base(expert.model, recipe.folder, f"expert {expert.name!r}")
+        except TwinMergingError:
+            continue  # said again, with all other problems, when the expert is opened
+        if base is not None:
+            return replace(recipe, base_model=base)
+    return recipe
 
 
 def _attempt(problems: list[str], action: Callable, *args: Any) -> Any:
@@ -368,7 +389,7 @@ def _common_processing(
         raise TwinMergingError(f"models whose main input is {kind!r} are not supported (only text and images)")
     loaded = []
     for checkpoint in backbones:
-        processing = load_processing(checkpoint.path, kind, checkpoint.role, recipe.trust_remote_code)
+        processing = checkpoint_processing(checkpoint, kind, recipe.trust_remote_code)
         if processing is not None:
             loaded.append((checkpoint, processing))
     what = "image processor" if kind == "image" else "tokenizer"
@@ -385,6 +406,15 @@ def _common_processing(
         if parts:
             problems.append(f"{checkpoint.role}: its {what} differs from that of {first.role} in {', '.join(parts)}")
     return replace(common, max_tokens=min(common.max_tokens, position_limit(backbones[0].skeleton)))
+
+
+def checkpoint_processing(checkpoint: Checkpoint, kind: str, trust_remote_code: bool = False) -> Processing | None:
+    """Tokenizer or image processor of a checkpoint (of a LoRA adapter without one: its base's), or None."""
+    for path in checkpoint.processing_paths:
+        found = load_processing(path, kind, checkpoint.role, trust_remote_code)
+        if found is not None:
+            return found
+    return None
 
 
 def _rows(recipe: Recipe, entries: list[dict], kind: str, processing: Processing | None) -> list[ExpertRows] | None:
@@ -443,7 +473,8 @@ def check_newcomer(recipe: Recipe, newcomer: ExpertSpec, built: Checkpoint) -> I
     """
     problems: list[str] = []
     notes: list[str] = []
-    new = open_checkpoint(newcomer.model, recipe.folder, f"expert {newcomer.name!r}")
+    # A LoRA adapter is put on the base that it names; that this is the artifact's is for the caller to check.
+    new = open_expert(newcomer.model, recipe.folder, f"expert {newcomer.name!r}", None, newcomer.base_model)
     if new.task_class is not built.task_class:
         raise TwinMergingError(
             f"{new.role} is a {new.task_class.__name__}, but {built.role} is made of {built.task_class.__name__}s; all "

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .low_rank import Delta, LowRank, left_times, times_right
+
 
 LEVELS = {8: 127, 4: 7}
 # Clipping the few largest entries makes the steps of all others finer, which pays where there are few levels.
@@ -27,11 +29,16 @@ class QuantisedFactors:
 
     def product(self) -> torch.Tensor:
         """The matrix [m, n] that is stored, float32."""
-        return (self.up.float() * self.scale.float()) @ self.down.float() * 4.0 ** (1 - self.bits)
+        up, down = self.floats()
+        return up @ down
+
+    def floats(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors [m, rank] and [rank, n] of what is stored, float32."""
+        return self.up.float() * self.scale.float() * 4.0 ** (1 - self.bits), self.down.float()
 
 
 def quantise(
-    matrix: torch.Tensor, up: torch.Tensor, down: torch.Tensor, bits: int, scale_dtype: torch.dtype
+    matrix: Delta, up: torch.Tensor, down: torch.Tensor, bits: int, scale_dtype: torch.dtype
 ) -> QuantisedFactors:
     """
     Quantise factors of a matrix [m, n] to `bits` (8 or 4).
@@ -43,14 +50,15 @@ def quantise(
     Args:
         up, down: float factors [m, rank] and [rank, n], such as those of `compress`.
     """
-    matrix, up, down = matrix.float(), up.float(), down.float()
+    matrix = matrix if isinstance(matrix, LowRank) else matrix.float()
+    up, down = up.float(), down.float()
     found: list[tuple[float, QuantisedFactors]] = []
     for refit in range(_REFITS + 1):
         if refit:
-            up = _solve(down @ down.T, down @ matrix.T).T
+            up = _solve(down @ down.T, times_right(matrix, down.T).T).T
         up_q, up_scale = _quantise_rows(up.T, bits, None, torch.float32)
         up = (up_q * up_scale[:, None]).T
-        gram, target = up.T @ up, up.T @ matrix
+        gram, target = up.T @ up, left_times(up.T, matrix)
         if refit:
             down = _solve(gram, target)
         down_q, down_scale = _quantise_rows(down, bits, up_scale, scale_dtype)

@@ -40,12 +40,14 @@ class ExpertSpec:
 
     name: str
     model: str
-    """Folder, or Hub id with an optional `@revision`."""
+    """Folder, or Hub id with an optional `@revision`: a full checkpoint or a PEFT LoRA adapter."""
     data: DataFiles | None = None
     labels: tuple[str, ...] | None = None
     """New label names, in id order."""
     weight: float = 1.0
     """Coefficient of this expert in the shared model's merge."""
+    base_model: str | None = None
+    """Of a LoRA adapter: the base that it was trained on, instead of what its own config says."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,8 @@ class Recipe:
     experts: tuple[ExpertSpec, ...]
     base_model: str | None = None
     shared_model: str | None = None
+    shared_by_reference: bool = False
+    """With `shared_model: base`: the artifact names the base and holds no copy of it."""
     merge_method: str = "linear"
     scaling: float | None = None
     """`parameters.lambda`; None: the merge method's default (`merging.DEFAULTS`), as for the next two."""
@@ -189,8 +193,8 @@ def load_recipe(path: str | Path) -> Recipe:
 
 def parse_recipe(content: Any, folder: Path = Path("."), text: str = "") -> Recipe:
     """Check a recipe's content (as parsed from YAML) and return it. Raises as `load_recipe`."""
-    keys = ("base_model", "shared_model", "merge_method", "parameters", "experts", "exclusive", "router", "include",
-            "exclude", "dtype", "out_dtype", "seed", "trust_remote_code", "alignment")  # fmt: skip
+    keys = ("base_model", "shared_model", "shared_by_reference", "merge_method", "parameters", "experts", "exclusive", "router",
+            "include", "exclude", "dtype", "out_dtype", "seed", "trust_remote_code", "alignment")  # fmt: skip
     content = _mapping(content, "the recipe", keys)
     if "experts" not in content:
         raise TwinMergingError("`experts` is missing: list at least one `{name: ..., model: ...}`")
@@ -207,6 +211,7 @@ def parse_recipe(content: Any, folder: Path = Path("."), text: str = "") -> Reci
         experts=experts,
         base_model=_optional_text(content, "base_model"),
         shared_model=_optional_text(content, "shared_model"),
+        shared_by_reference=_flag(content, "shared_by_reference", False),
         merge_method=_choice(content, "merge_method", MERGE_METHODS, "linear"),
         scaling=_number(parameters, "lambda", 0.0) if "lambda" in parameters else None,
         density=_density(parameters),
@@ -232,6 +237,10 @@ def _check_together(recipe: Recipe, content: dict) -> None:
         raise TwinMergingError("give either `shared_model` or `merge_method`, not both")
     if recipe.base_model is None and recipe.shared_model == BASE:
         raise TwinMergingError("`shared_model: base` needs `base_model`")
+    if recipe.shared_by_reference and recipe.shared_model != BASE:
+        raise TwinMergingError(
+            "`shared_by_reference` needs `shared_model: base`: a merged shared model is nowhere else but in the artifact"
+        )
     _check_merge(recipe)
     _check_alignment(recipe)
     without = [expert.name for expert in recipe.experts if expert.data is None]
@@ -300,7 +309,7 @@ def _density(parameters: dict) -> float | None:
 
 
 def _expert(raw: Any, index: int, folder: Path) -> ExpertSpec:
-    raw = _mapping(raw, f"`experts[{index}]`", ("name", "model", "data", "labels", "parameters"))
+    raw = _mapping(raw, f"`experts[{index}]`", ("name", "model", "base_model", "data", "labels", "parameters"))
     where = f"`experts[{index}]`"
     model = raw.get("model")
     if not isinstance(model, str) or not _is_text(model):
@@ -320,6 +329,7 @@ def _expert(raw: Any, index: int, folder: Path) -> ExpertSpec:
         data=_data(raw.get("data"), where, folder),
         labels=tuple(labels) if labels is not None else None,
         weight=_number(parameters, "weight", 1.0),
+        base_model=_optional_text(raw, "base_model"),
     )
 
 

@@ -1,8 +1,9 @@
 """
 The split of Twin-Merging: experts -> shared tensors + exclusive deltas, one tensor at a time (section 4.1, 4.2).
 
-Peak memory is one tensor of every expert, plus the result. A budget takes two passes: one for the shared tensors and all
-singular values, one that truncates to the ranks that the budget gives.
+Peak memory is one tensor of every expert, plus the result; deltas of LoRA experts stay products where the merge allows.
+A budget takes two passes: one for the shared tensors and all singular values, one that truncates to the ranks that the
+budget gives.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,8 +21,11 @@ from .compression import FIRST_CAP, Spectrum, rank_for_energy, spectrum
 from .errors import TwinMergingError
 from .exclusive import Stored, direction_bytes, shown, store_entries, store_factors
 from .late import WHY
+from .low_rank import Delta, LowRank, energy_of
 from .preflight import Inputs, uncovered
+from .product_space import product_deltas, rank_bounds
 from .recipe import Recipe
+from .shapes import as_matrix, matrix_shape
 from .shared_merge import merge_tensor
 
 
@@ -88,23 +92,18 @@ def separate(
     spectra: dict[str, list[Spectrum]] = {}
     for name in names:
         tick(name)
-        experts = [checkpoint.tensor(name) for checkpoint in inputs.experts]
-        shared = _shared_tensor(name, experts, inputs, dtype)
-        result.state[f"shared.{name}"] = shared
-        if not shared.is_floating_point():
-            if any(not torch.equal(expert, shared) for expert in experts):
-                raise TwinMergingError(
-                    f"tensor {name!r} holds integers that differ between experts; that cannot be merged"
-                )
+        if not first.dtype(name).is_floating_point:
+            result.state[f"shared.{name}"] = _equal_integers(name, inputs)
             result.coverage[name] = {"treatment": "equal"}
             continue
-        deltas = _deltas(experts, shared)
+        shared, deltas = _split(name, inputs, dtype)
+        result.state[f"shared.{name}"] = shared
         if not _needs_compression(result, name, deltas, name in not_covered, inputs, dtype):
             continue
         if ranks is not None and name in ranks:
             _store(result, name, deltas, inputs, ranks[name])
         elif recipe.exclusive.budget is not None:
-            spectra[name] = [spectrum(as_matrix(d), t) for d, t in zip(deltas, _seeds(recipe, name), strict=True)]
+            spectra[name] = [spectrum(_matrix(d), t) for d, t in zip(deltas, _seeds(recipe, name), strict=True)]
             result.coverage[name] = {}  # keeps the order of the report; filled below
         else:
             _store(result, name, deltas, inputs)
@@ -114,8 +113,31 @@ def separate(
     return result
 
 
-def _deltas(experts: list[torch.Tensor], shared: torch.Tensor) -> list[torch.Tensor]:
-    return [expert.to(torch.float32) - shared.to(torch.float32) for expert in experts]
+def _split(
+    name: str, inputs: Inputs, dtype: torch.dtype, shared: torch.Tensor | None = None
+) -> tuple[torch.Tensor, list[Delta]]:
+    """Shared tensor (the given one, if any) and deltas of one parameter; those of LoRA experts as products if possible."""
+    products = product_deltas(inputs, name)
+    if products is not None:
+        return products[0].to(dtype).contiguous(), products[1]
+    experts = [checkpoint.tensor(name) for checkpoint in inputs.experts]
+    shared = _shared_tensor(name, experts, inputs, dtype) if shared is None else shared
+    return shared, [_delta(expert, shared) for expert in experts]
+
+
+def _delta(expert: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    return expert.to(torch.float32) - shared.to(torch.float32)
+
+
+def _matrix(delta: Delta) -> Delta:
+    return delta if isinstance(delta, LowRank) else as_matrix(delta)
+
+
+def _equal_integers(name: str, inputs: Inputs) -> torch.Tensor:
+    tensors = [checkpoint.tensor(name) for checkpoint in inputs.experts]
+    if any(not torch.equal(tensor, tensors[0]) for tensor in tensors):
+        raise TwinMergingError(f"tensor {name!r} holds integers that differ between experts; that cannot be merged")
+    return tensors[0]
 
 
 def _seeds(recipe: Recipe, name: str) -> list[str]:
@@ -127,7 +149,7 @@ def model_dtype(inputs: Inputs) -> torch.dtype:
     if inputs.recipe.out_dtype:
         return getattr(torch, inputs.recipe.out_dtype)
     first = inputs.experts[0]
-    return next(t for t in (first.tensor(name).dtype for name in first.backbone) if t.is_floating_point)
+    return next(t for t in (first.dtype(name) for name in first.backbone) if t.is_floating_point)
 
 
 def factor_dtype(inputs: Inputs) -> str:
@@ -166,7 +188,8 @@ def planned_bytes(inputs: Inputs) -> PlannedBytes:
         else:
             m, n = matrix_shape(shape)
             rank = min(m, n) if how.energy or how.budget else how.rank_of(m, n)
-            deltas += experts * rank * direction_bytes(m, n, storage, dtype)
+            ranks = [min(rank, bound) for bound in rank_bounds(inputs, name) or [rank] * experts]
+            deltas += sum(ranks) * direction_bytes(m, n, storage, dtype)
     if how.budget is not None:
         deltas = min(deltas, int(how.budget * shared))
         return PlannedBytes(shared, deltas, "`exclusive.budget`: the ranks are decided in the build, within the budget")
@@ -182,18 +205,16 @@ def planned_bytes(inputs: Inputs) -> PlannedBytes:
 
 
 def _shared_tensor(name: str, experts: list[torch.Tensor], inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:
-    if not experts[0].is_floating_point():
-        return experts[0]
     if inputs.shared is not None:
         return inputs.shared.tensor(name).to(dtype)
     return merge_tensor(inputs, name, experts=experts).to(dtype).contiguous()
 
 
 def _needs_compression(
-    result: Separation, name: str, deltas: list[torch.Tensor], no_rule: bool, inputs: Inputs, dtype: torch.dtype
+    result: Separation, name: str, deltas: list[Delta], no_rule: bool, inputs: Inputs, dtype: torch.dtype
 ) -> bool:
     """Settle tensors that are equal, excluded or vectors; true for those whose deltas are to be compressed."""
-    energies = [float(delta.double().pow(2).sum()) for delta in deltas]
+    energies = [energy_of(delta) for delta in deltas]
     energy, listed = sum(energies), [shown(e) for e in energies]
     if energy == 0:
         result.coverage[name] = {"treatment": "equal"}
@@ -209,32 +230,32 @@ def _needs_compression(
             f"tensor {name!r} differs between experts, but no rule can apply a delta of it per row; to drop what the "
             f"experts have there on purpose, add to the recipe: exclude: ['{name}']"
         )
-    if not is_vector(deltas[0].shape):
+    vectors = [delta for delta in deltas if not isinstance(delta, LowRank) and is_vector(delta.shape)]
+    if not vectors:
         return True
     result.exact.append(name)
     # Vectors weigh nothing and norms react to rounding, so they keep the model's own precision.
-    result.state[exact_key(name)] = torch.stack(deltas).to(dtype)
+    result.state[exact_key(name)] = torch.stack(vectors).to(dtype)
     result.coverage[name] = {"treatment": "exact", "energy": listed, "bytes": result.state[exact_key(name)].nbytes}
     result.kept += energy
     return False
 
 
-def _store(
-    result: Separation, name: str, deltas: list[torch.Tensor], inputs: Inputs, given: list | None = None
-) -> None:
+def _store(result: Separation, name: str, deltas: list[Delta], inputs: Inputs, given: list | None = None) -> None:
     """Compress the deltas of one matrix by the recipe's method, to the `given` ranks if there are any."""
     how, seeds = inputs.recipe.exclusive, _seeds(inputs.recipe, name)
     dtype, storage = model_dtype(inputs), factor_dtype(inputs)
-    matrices = [as_matrix(delta) for delta in deltas]
+    matrices = [_matrix(delta) for delta in deltas]
     if how.method != "svd":
-        stored = store_entries(name, matrices, how.method, how.ratio or 0, seeds, storage)
+        entries = [matrix.dense() if isinstance(matrix, LowRank) else matrix for matrix in matrices]
+        stored = store_entries(name, entries, how.method, how.ratio or 0, seeds, storage)
         _add(result, name, stored, result.sparse, "sparse", "entries")
         return
     if given is None and how.energy is not None:
         given = [rank_for_energy(matrix, how.energy, seed) for matrix, seed in zip(matrices, seeds, strict=True)]
     if given is None:
         rank = how.rank_of(*matrices[0].shape)
-        given = [rank if bool(matrix.any()) else 0 for matrix in matrices]
+        given = [rank if energy_of(matrix) > 0 else 0 for matrix in matrices]
     stored = store_factors(name, matrices, given, seeds, storage, dtype)
     _add(result, name, stored, result.ranks, "factored", "ranks")
 
@@ -263,8 +284,8 @@ def _spend_budget(result: Separation, spectra: dict[str, list[Spectrum]], inputs
         )
     ranks = _budget_ranks(result, spectra, limit - vectors, inputs)
     for name, chosen in ranks.items():
-        experts = [checkpoint.tensor(name) for checkpoint in inputs.experts]
-        _store(result, name, _deltas(experts, result.state[f"shared.{name}"]), inputs, chosen)
+        deltas = _split(name, inputs, model_dtype(inputs), result.state[f"shared.{name}"])[1]
+        _store(result, name, deltas, inputs, chosen)
 
 
 def _budget_ranks(
@@ -285,23 +306,13 @@ def _budget_ranks(
         if not capped:
             break
         for name, t in capped:
-            delta = _deltas([inputs.experts[t].tensor(name)], result.state[f"shared.{name}"])[0]
+            delta = _delta(inputs.experts[t].tensor(name), result.state[f"shared.{name}"])
             cap = max(FIRST_CAP, 4 * len(spectra[name][t].squares))
             spectra[name][t] = spectrum(as_matrix(delta), _seeds(inputs.recipe, name)[t], cap)
     chosen: dict[str, list[int]] = {name: [] for name in spectra}
     for (name, _), rank in zip(places, ranks, strict=True):
         chosen[name].append(rank)
     return chosen
-
-
-def matrix_shape(shape: torch.Size) -> tuple[int, int]:
-    """Shape of the matrix in which a delta is factored: tables lose their leading 1, kernels are flattened."""
-    return (shape[1], shape[2]) if len(shape) == 3 else (shape[0], shape[1:].numel())
-
-
-def as_matrix(delta: torch.Tensor) -> torch.Tensor:
-    """A parameter's delta as the matrix [m, n] of `matrix_shape`."""
-    return delta.reshape(matrix_shape(delta.shape))
 
 
 def _copy_heads(result: Separation, inputs: Inputs, dtype: torch.dtype) -> None:

@@ -43,13 +43,13 @@ def merge_tensor(
     settings = merge_settings(recipe, method)
     experts = experts or [checkpoint.tensor(name) for checkpoint in inputs.experts]
     compute: torch.dtype = getattr(torch, recipe.dtype)
+    experts = [expert.to(compute) for expert in experts]
     if method == "linear" and settings.normalize and all(torch.equal(e, experts[0]) for e in experts[1:]):
-        return experts[0].to(compute)  # a mean would round, and leave deltas of nothing but rounding
+        return experts[0]  # a mean would round, and leave deltas of nothing but rounding
     base = _base_of(inputs, method, name).tensor(name).to(compute) if DEFAULTS[method].needs_base else None
     if method == "ties":
         settings = replace(settings, thresholds=_thresholds(inputs, settings.density, compute))
-    stacked = torch.stack([expert.to(compute) for expert in experts])
-    return MERGE_METHODS[method](stacked, base, replace(settings, tensor=name))
+    return MERGE_METHODS[method](torch.stack(experts), base, replace(settings, tensor=name))
 
 
 def _base_of(inputs: Inputs, method: str, name: str) -> Checkpoint:

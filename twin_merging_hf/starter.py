@@ -2,19 +2,20 @@
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
 
 from twin_merging_hf.modeling.configuration_twin_merging import RESERVED_EXPERT_NAMES
 
+from .adapted import AdaptedCheckpoint, adapter_base, open_expert
 from .checkpoints import Checkpoint, open_checkpoint
 from .data import EXAMPLES
 from .errors import TwinMergingError
 from .initialisation import describe_strangers
-from .preflight import compare_backbones, input_kind
-from .processing import Processing, differing_parts, load_processing
+from .preflight import checkpoint_processing, compare_backbones, input_kind
+from .processing import Processing, differing_parts
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Look:
     processing: Processing | None
     misfits: list[str]
     is_base: bool = False
+    trained_on: str | None = None
+    """For a LoRA adapter whose own base is not to be had here: the base that the user says it has."""
 
 
 def look_at(models: list[str], base: str | None, folder: Path) -> list[Look]:
@@ -37,17 +40,36 @@ def look_at(models: list[str], base: str | None, folder: Path) -> list[Look]:
         TwinMergingError: one cannot be opened.
     """
     looks: list[Look] = []
-    for name, source in zip(_names(models), models, strict=True):
-        checkpoint = open_checkpoint(source, folder, f"expert {name!r}")
-        looks.append(_look(name, source, checkpoint, looks[0] if looks else None))
+    names = _names(models)
+    bases = [adapter_base(source, folder, f"expert {name!r}") for name, source in zip(names, models, strict=True)]
+    stated, base = base, base or next((found for found in bases if found is not None), None)
+    for name, source in zip(names, models, strict=True):
+        checkpoint, misfits, trained_on = _open(f"expert {name!r}", source, folder, base, stated)
+        look = _look(name, source, checkpoint, looks[0] if looks else None)
+        looks.append(replace(look, misfits=[*misfits, *look.misfits], trained_on=trained_on))
     if base is not None:
         checkpoint = open_checkpoint(base, folder, "base model", like=looks[0].checkpoint)
         looks.append(_look("base", base, checkpoint, looks[0], is_base=True))
     return looks
 
 
+def _open(
+    role: str, source: str, folder: Path, base: str | None, stated: str | None
+) -> tuple[Checkpoint, list[str], str | None]:
+    """An expert, why it is not one of `base`, and what a user's statement of the base settles."""
+    try:
+        return open_expert(source, folder, role, base), [], None
+    except TwinMergingError as error:
+        try:
+            return open_expert(source, folder, role), [str(error)], None  # it is one, but of another base
+        except TwinMergingError:
+            if stated is None or adapter_base(source, folder, role) is None:
+                raise error from None
+    return open_expert(source, folder, role, stated, stated), [], stated
+
+
 def _look(name: str, source: str, checkpoint: Checkpoint, first: Look | None, is_base: bool = False) -> Look:
-    processing = load_processing(checkpoint.path, input_kind(checkpoint), checkpoint.role)
+    processing = checkpoint_processing(checkpoint, input_kind(checkpoint))
     misfits: list[str] = []
     if first is not None:
         if checkpoint.task_class is not first.checkpoint.task_class:
@@ -81,7 +103,7 @@ def describe_look(look: Look) -> list[str]:
     has_labels = not look.is_base and not checkpoint.is_language_model
     head = f", {len(labels)} labels: {', '.join(map(str, labels[:6]))}" if has_labels else ""
     fits = "fits" if not look.misfits else "does not fit"
-    kind = checkpoint.task_class.__name__
+    kind = checkpoint.task_class.__name__ + (f", LoRA on {checkpoint.adapter_of}" if checkpoint.adapter_of else "")
     return [
         f"{look.name}: {kind}, {numbers / 1e6:.1f}M backbone parameters{head} - {fits}",
         *(f"    {misfit}" for misfit in look.misfits),
@@ -102,9 +124,15 @@ def starter_recipe(looks: list[Look], recipe_folder: Path) -> str:
     content: dict = {}
     if base is not None:
         content["base_model"] = _relative(base.source, recipe_folder)
-    content["merge_method"] = "linear"
-    content["experts"] = [{"name": look.name, "model": _relative(look.source, recipe_folder)} for look in fitting]
-    content["exclusive"] = {"method": "svd", "rank": 16, "dtype": "int4"}
+    adapters = [look.checkpoint for look in fitting if isinstance(look.checkpoint, AdaptedCheckpoint)]
+    exclusive: dict = {"method": "svd", "rank": 16, "dtype": "int4"}
+    if len(adapters) == len(fitting):  # LoRAs on their base are kept exactly, in their own bytes
+        content["shared_model"] = "base"
+        exclusive = {"method": "svd", "rank": max(lora.rank_of(name) for lora in adapters for name in lora.pairs)}
+    else:
+        content["merge_method"] = "linear"
+    content["experts"] = [_entry(look, recipe_folder) for look in fitting]
+    content["exclusive"] = exclusive
     content["router"] = "auto"
     strangers = describe_strangers([look.checkpoint for look in fitting]) if len(fitting) > 1 else []
     if strangers:
@@ -123,6 +151,11 @@ def starter_recipe(looks: list[Look], recipe_folder: Path) -> str:
 
 
 _NEW_LINE = "\n"
+
+
+def _entry(look: Look, folder: Path) -> dict:
+    entry = {"name": look.name, "model": _relative(look.source, folder)}
+    return entry | ({"base_model": _relative(look.trained_on, folder)} if look.trained_on else {})
 
 
 def _relative(source: str, folder: Path) -> str:

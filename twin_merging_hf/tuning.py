@@ -15,7 +15,8 @@ from .merging import DEFAULTS
 from .preflight import Inputs, preflight
 from .progress import Progress, no_loading_bars
 from .recipe import Recipe, load_recipe
-from .separation import as_matrix, matrix_shape, model_dtype
+from .separation import model_dtype
+from .shapes import as_matrix, matrix_shape
 from .shared_merge import merge_settings
 from .tuned_recipe import write_tuned
 
