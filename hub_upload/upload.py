@@ -75,12 +75,13 @@ def push_artifact(
         say: takes sentences on progress.
 
     Raises:
-        TwinMergingError: the artifact does not pass `check_whole`, holds a link to outside of its folder, or the Hub
-            refuses (no such repository, bad token, no permission, quota, broken connection).
+        TwinMergingError: the artifact does not pass `check_whole`, refers to a base on this machine, holds a link to outside
+            of its folder, or the Hub refuses (no such repository, bad token, no permission, quota, broken connection).
     """
     folder = Path(artifact)
     if create_pr and revision not in (None, "main"):
         raise TwinMergingError("a pull request is opened against main: give either `create_pr` or `revision`, not both")
+    _refuse_local_base(folder)
     say("checking the artifact")
     problems = check_whole(folder)
     if problems:
@@ -101,6 +102,16 @@ def push_artifact(
         return Pushed(repo_id, commit.oid, commit.commit_url, commit.pr_url, _left(folder, names))
     except (_HTTP_ERROR, LocalTokenNotFoundError, OSError, ValueError, RuntimeError) as error:
         raise TwinMergingError(_explain(error, repo_id, create_pr, token)) from None
+
+
+def _refuse_local_base(folder: Path) -> None:
+    """An artifact whose shared model is a reference to a folder of this machine would load nowhere else."""
+    reference = read_config(folder).shared_reference
+    if reference and not reference.get("revision"):
+        raise TwinMergingError(
+            f"{folder} refers to the base in {reference['model']}, which nobody else has; build it again with the base's Hub id "
+            "as `base_model`, or without `shared_by_reference`"
+        )
 
 
 def _made(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:

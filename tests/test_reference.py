@@ -14,6 +14,7 @@ from twin_merging_hf import TwinMergingError, editing
 from twin_merging_hf.artifact import check_artifact, inspect_artifact, tensor_sizes
 from twin_merging_hf.builder import build_artifact
 from twin_merging_hf.editing import Newcomer
+from twin_merging_hf.hub_upload.upload import push_artifact
 from twin_merging_hf.progress import Progress
 from twin_merging_hf.recipe import parse_recipe
 
@@ -100,6 +101,11 @@ def test_an_expert_joins_and_the_reference_stays(own, tmp_path):
     three = editing.add_expert(two, tmp_path / "three", newcomer, None, QUIET).folder
     assert tensor_sizes(three).keys() == tensor_sizes(own / "artifact").keys()
     assert check_artifact(three) == []
+
+
+def test_a_reference_to_a_folder_is_not_uploaded(own):
+    with pytest.raises(TwinMergingError, match="nobody else has.*Hub id"):
+        push_artifact(own / "artifact", "me/model")
 
 
 def test_a_merged_shared_model_cannot_be_a_reference():
