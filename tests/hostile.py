@@ -4,6 +4,7 @@ Mutated inputs by the thousand, in one process, under guards: how long, how much
 usage: python -m tests.hostile COUNT [SEED]   (prints one line of JSON with the figures)
 """
 
+import io
 import json
 import random
 import resource
@@ -365,6 +366,7 @@ def _peak() -> float:
 def main(count: int, seed: int) -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    sys.stdin = io.StringIO()  # Transformers asks whether code may run; nobody is there to answer
     with tempfile.TemporaryDirectory() as scratch:
         figures = attack(make_inputs(Path(scratch).resolve() / "in"), count, seed)
     figures.failures, shown = figures.failures[:50], len(figures.failures)
