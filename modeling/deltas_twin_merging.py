@@ -20,6 +20,7 @@ from .architectures_twin_merging import (
     architecture_rule,
     shell_of,
 )
+from .channels_twin_merging import ChannelNormForward, StandardisedForward, channel_rule
 from .factors_twin_merging import ExactDelta, FactoredDelta, rows_like
 from .matrices_twin_merging import MatrixForward
 from .mix_twin_merging import ExpertMix
@@ -46,7 +47,7 @@ def delta_rule(owner: nn.Module, attribute: str, parameter: torch.Tensor) -> str
 
     Rules hold for exact types: a subclass may compute something else in its forward.
     """
-    special = architecture_rule(owner, attribute)
+    special = architecture_rule(owner, attribute) or channel_rule(owner, attribute)
     if special is not None:
         return special
     kind = type(owner)
@@ -76,23 +77,27 @@ def is_vector(shape: torch.Size) -> bool:
     return len(shape) == 1 or (len(shape) == 3 and shape[0] == 1 and 1 in shape[1:])
 
 
+_CONVOLUTIONS = ("conv2d", "standardised_conv2d")
 _FACTORED = (
-    "linear", "conv1d", "conv2d", "embedding", "scaled_embedding", "looked_up_embedding", "table", "relative_bias",
+    *_CONVOLUTIONS, "linear", "conv1d", "embedding", "scaled_embedding", "looked_up_embedding", "table", "relative_bias",
 )  # fmt: skip
-_SPARSE = {"scaled_embedding": "embedding", "looked_up_embedding": "embedding", "relative_bias": "table"}
+_SPARSE = {
+    "standardised_conv2d": "conv2d", "scaled_embedding": "embedding", "looked_up_embedding": "embedding",
+    "relative_bias": "table",
+}  # fmt: skip
 
 
 def new_factored(rule: str, parameter: torch.Tensor, ranks: list, storage: str) -> nn.Module:
     """Make the (uninitialised) module of one parameter's factors; `storage` as in `FactoredDelta`."""
     if rule not in _FACTORED:
         raise ValueError(f"a delta by rule {rule!r} cannot be factored")
-    m, n = (parameter.shape[0], parameter.shape[1:].numel()) if rule == "conv2d" else parameter.shape[-2:]
+    m, n = (parameter.shape[0], parameter.shape[1:].numel()) if rule in _CONVOLUTIONS else parameter.shape[-2:]
     return FactoredDelta(ranks, m, n, storage)
 
 
 def new_sparse(rule: str, owner: Any, parameter: torch.Tensor, counts: list) -> nn.Module:
     """Make the (uninitialised) module of one parameter's sparse deltas."""
-    settings = convolution_settings(owner) if rule == "conv2d" else {}
+    settings = convolution_settings(owner) if rule in _CONVOLUTIONS else {}
     return SparseDelta(_SPARSE.get(rule, rule), counts, tuple(parameter.shape), settings)
 
 
@@ -116,7 +121,7 @@ class DeltaHook:
 
 def _bias_term(module, x, output, delta, call):
     bias = delta(call)
-    if type(module) is nn.Conv2d:
+    if isinstance(module, nn.Conv2d):
         return rows_like(bias, output, feature_dims=3)[..., None, None]
     return rows_like(bias, output)
 
@@ -241,7 +246,10 @@ def attach_deltas(
     return deltas
 
 
-_FORWARDS = {"linear": MatrixForward, "conv1d": MatrixForward, "layer_norm": NormForward, "rms_norm": NormForward}
+_FORWARDS = {
+    "linear": MatrixForward, "conv1d": MatrixForward, "layer_norm": NormForward, "rms_norm": NormForward,
+    "channel_norm": ChannelNormForward, "standardised_conv2d": StandardisedForward,
+}  # fmt: skip
 
 
 def _attach(hooks: dict, owner: Any, attribute: str, rule: str, delta: nn.Module, mix: ExpertMix) -> None:
@@ -260,7 +268,7 @@ def _attach(hooks: dict, owner: Any, attribute: str, rule: str, delta: nn.Module
         return
     if "forward" not in owner.__dict__ and (rule in _FORWARDS or type(owner) is nn.LayerNorm):
         owner.forward = _FORWARDS.get(rule, NormForward)(owner, mix)
-    if isinstance(owner.__dict__.get("forward"), (MatrixForward, NormForward)):
+    if rule in _FORWARDS or isinstance(owner.__dict__.get("forward"), (MatrixForward, NormForward)):
         setattr(owner.forward, attribute, delta)
         return
     if id(owner) not in hooks:

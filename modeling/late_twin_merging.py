@@ -15,6 +15,7 @@ class LateMixin:
     _reader: Any
     _planned: Any
     _weights_of: Any
+    _in_own_type: Any
 
     def _routes_in_the_answer_s_pass(self, inputs: dict) -> bool:
         """
@@ -40,7 +41,7 @@ class LateMixin:
             self.mix.go_on_with(self._planned(inputs, weights))
 
         with self.mix.applied(None), self._reader.reading(route):
-            output = module(**inputs, return_dict=True)
+            output = module(**self._in_own_type(inputs), return_dict=True)
         if not found:
             raise RuntimeError("the pass ended before the routing layer was reached")
         return output, found[0]

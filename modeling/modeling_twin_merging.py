@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, cached_file, log
 
 from .architectures_twin_merging import RMS_NORMS  # noqa: F401 - older loaders copy what is named here
 from .call_twin_merging import CallWeights  # noqa: F401 - likewise
+from .channels_twin_merging import refuse_batch_statistics
 from .classification_twin_merging import ClassificationMixin, TwinMergingClassifierOutput
 from .configuration_twin_merging import LANGUAGE, TwinMergingConfig
 from .costs_twin_merging import Costs  # noqa: F401 - likewise
@@ -94,7 +95,8 @@ class TwinMergingModelOutput(ModelOutput):
     """
     Output of `TwinMergingModel`; every tensor has the batch first ([batch, expert, ...] for `experts="all"`).
 
-    last_hidden_state: [batch, token, hidden]. pooler_output: [batch, hidden] or None.
+    last_hidden_state: [batch, token, hidden], or a feature map [batch, channel, height, width] where the shared model is
+        convolutional. pooler_output: [batch, hidden] ([batch, channel, 1, 1]) or None.
     expert_weights: the weights that acted, [batch, expert].
     """
 
@@ -137,6 +139,9 @@ class TwinMergingPreTrainedModel(ExportMixin, LateMixin, PlansMixin, PushMixin):
             if (types == {problem_type}) != fits:
                 raise ValueError(f"`problem_type` of the experts does not fit a shared {config.shared_class}")
         self.shared = build_shared(config)
+        for module in self.shared.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.register_forward_pre_hook(refuse_batch_statistics)
         self.mix = ExpertMix()
         self._start_plans()
         self.label_space = LabelSpace.of(config.experts)
@@ -298,7 +303,7 @@ class TwinMergingPreTrainedModel(ExportMixin, LateMixin, PlansMixin, PushMixin):
 
     def _routing_hidden(self, inputs: dict) -> torch.Tensor:
         self._check_mask(inputs)
-        body_inputs = {name: value for name, value in inputs.items() if name in self._body_accepts}
+        body_inputs = self._in_own_type({name: inputs[name] for name in inputs if name in self._body_accepts})
         # Never with gradients: activation checkpointing would replay this pass with the answer's weights.
         with torch.no_grad(), self.mix.applied(None):
             return self._reader.read(lambda: self._routing_body()(**body_inputs))
@@ -403,7 +408,12 @@ class TwinMergingPreTrainedModel(ExportMixin, LateMixin, PlansMixin, PushMixin):
         if weights is None:
             return self._run_late(module, inputs)
         with self.mix.applied(self._planned(inputs, weights)):
-            return module(**inputs, return_dict=True), weights
+            return module(**self._in_own_type(inputs), return_dict=True), weights
+
+    def _in_own_type(self, inputs: dict) -> dict:
+        """Inputs with pixels in the model's type, which transformers see to themselves and convolutional models do not."""
+        pixels = inputs.get("pixel_values")
+        return inputs if pixels is None else {**inputs, "pixel_values": pixels.to(self.dtype)}
 
     def _answer(self, named: dict, kwargs: dict, experts, expert_weights, answer, finish=lambda output: output):
         """

@@ -276,13 +276,13 @@ class StateReader:
 
     def read(self, run) -> torch.Tensor:
         """
-        Run the shared pass by calling `run` and return the routing states side by side: [batch, token, sum of widths].
+        Run the shared pass by calling `run` and return the routing states `side_by_side`: [batch, token, sum of widths].
         """
         with self.reading() as states:
             last = self._run(run)
         if self.stops and last is not None:
             raise RuntimeError("the shared pass ended before the routing layer was reached")
-        return torch.cat([*states, *([last] if last is not None else [])], dim=-1)
+        return side_by_side([*states, *([last] if last is not None else [])])
 
     @staticmethod
     def _run(run):
@@ -290,6 +290,19 @@ class StateReader:
             return run().last_hidden_state
         except PrefixReachedError:
             return None
+
+
+def side_by_side(states: list) -> torch.Tensor:
+    """
+    Routing states [batch, token, width] as one, [batch, token, sum of widths].
+
+    Of a feature map [batch, width, rows, columns], pixels are the tokens; several maps, whose sizes differ, are each one
+    token: their mean.
+    """
+    maps = [state.flatten(2).transpose(1, 2) if state.dim() == 4 else state for state in states]
+    if len(states) > 1 and states[0].dim() == 4:
+        maps = [pixels.mean(dim=1, keepdim=True) for pixels in maps]
+    return torch.cat(maps, dim=-1)
 
 
 class StateTap:
@@ -308,4 +321,4 @@ class StateTap:
             return
         if finish is None:
             raise PrefixReachedError
-        finish(torch.cat(states, dim=-1))
+        finish(side_by_side(states))

@@ -34,7 +34,8 @@ ALLOWED: dict[str, set[str]] = {
     "pictures": {"errors"},
     "processing": {"errors", "prompts"},
     "recipe": {"errors", "merging", "modeling", "safe_yaml"},
-    "checkpoints": {"adapters", "errors", "modeling"},
+    "batch_statistics": set(),
+    "checkpoints": {"adapters", "batch_statistics", "errors", "modeling"},
     "folder_check": {"modeling"},
     "safe_yaml": set(),
     "source_card": {"safe_yaml"},
@@ -62,7 +63,9 @@ ALLOWED: dict[str, set[str]] = {
     },
     "alignment": {"errors", "modeling", "recipe"},
     "late": {"checkpoints", "modeling", "probe", "recipe"},
-    "preflight": {"adapted", "checkpoints", "data", "errors", "late", "modeling", "processing", "recipe"},
+    "preflight": {
+        "adapted", "batch_statistics", "checkpoints", "data", "errors", "late", "modeling", "processing", "recipe",
+    },
     "probe": {"artifact", "errors", "modeling"},
     "exclusive": {"artifact", "compression", "errors", "low_rank", "modeling", "quantisation", "sparsification"},
     "separation": {

@@ -36,7 +36,7 @@ def planted(telling: tuple[int, ...], seed: int = 0) -> RouterData:
 
 
 def chosen(data: RouterData, say: Callable[[str], None] = lambda message: None):
-    choice = choose(data, LAYERS, WIDTH, new, parse_recipe(RECIPE), say)
+    choice = choose(data, LAYERS, (WIDTH,) * (len(LAYERS) + 1), new, parse_recipe(RECIPE), say)
     return choice.candidate, choice.comparison
 
 

@@ -81,6 +81,16 @@ _ARCHITECTURES: dict[str, tuple[str, str, dict]] = {
         "ConvNextForImageClassification",
         {"image_size": IMAGE, "patch_size": 2, "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
     ),
+    "resnet": (
+        "ResNetConfig",
+        "ResNetForImageClassification",
+        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "layer_type": "basic"},
+    ),
+    "bit": (
+        "BitConfig",
+        "BitForImageClassification",
+        {"embedding_size": 8, "hidden_sizes": [16, 24], "depths": [1, 2], "num_groups": 4, "global_padding": "same"},
+    ),
 }  # fmt: skip
 _ARCHITECTURES |= {
     f"{kind}-tokens": (config, name.replace("Sequence", "Token"), fields)
@@ -113,7 +123,7 @@ _ARCHITECTURES |= {
     "roberta-lm": ("RobertaConfig", "RobertaForMaskedLM", _ARCHITECTURES["roberta"][2]),
 }  # fmt: skip
 """Language models; their experts have no labels."""
-IMAGE_KINDS = ("vit", "deit", "convnext")
+IMAGE_KINDS = ("vit", "deit", "convnext", "resnet", "bit")
 
 
 def new_config(kind: str, labels: Sequence[str] = ("x", "y"), **fields: Any) -> transformers.PreTrainedConfig:

@@ -52,19 +52,20 @@ def routing_fields(first: Checkpoint, inputs: Inputs, candidate: Candidate | Non
     elif layers is None:
         layers = (first.layer_count // 2,) if router_pass == "prefix" else ()
     stops = router_pass in ("prefix", "late")
-    states = len(layers) + (not stops)
+    widths = state_widths(first, layers)
     fields: dict[str, Any] = {
         "router_type": kind,
         "router_pass": router_pass,
         "router_layer": layers[-1] if stops else None,
         "router_layers": list(layers[:-1] if stops else layers),
-        "router_input_size": states * first.config.hidden_size,
+        "router_input_size": sum(widths[: len(layers)] if stops else widths),
         "router_top_k": settings.top_k,
     }
     if kind == "projection":
-        readers = readers_of_layer(first, f"{first.layers_path}.{projected_layer(layers[-1], router_pass)}")
+        layer = projected_layer(layers[-1], router_pass)
+        readers = readers_of_layer(first, f"{first.layers_path}.{layer}")
         # In a small model, fewer: a subspace that is everything tells nothing apart.
-        size = first.config.hidden_size
+        size = state_widths(first, (layer,))[0]
         width = min(settings.rank or min(_PROJECTION_RANK, size // 2), size)
         # Shares of energy are no probabilities: unless told otherwise, the largest takes the row.
         top_k = settings.top_k if settings.top_k is not None else 1
@@ -90,21 +91,31 @@ def _auto_layers(first: Checkpoint, inputs: Inputs) -> tuple[int, ...]:
     return inputs.recipe.router.layers or candidate_layers(first.layer_count)
 
 
+def state_widths(first: Checkpoint, layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Widths of the states before each of `layers`, and then of the last state."""
+    same = getattr(first.config, "hidden_size", None)
+    if same is not None:
+        return (same,) * (len(layers) + 1)
+    *before, last = first.map_widths
+    return (*(before[layer] for layer in layers), last)
+
+
 @torch.no_grad()
 def readers_of_layer(first: Checkpoint, layer: str) -> list[str]:
     """
-    Names of the linear modules of a layer that read one and the same first state (query, key, value), found by a run.
+    Names of the modules of a layer that read one and the same first state (query, key, value; or the convolutions at its
+    entrance), found by a run.
     """
     model = first.task_class(first.config).eval()
     calls: list[tuple[str, torch.Tensor]] = []
     for name, module in model.get_submodule(layer).named_modules():
-        if type(module) in (nn.Linear, Conv1D):
+        if type(module) in (nn.Linear, Conv1D) or (isinstance(module, nn.Conv2d) and module.groups == 1):
             path = f"{layer}.{name}"
             module.register_forward_pre_hook(lambda m, args, path=path: calls.append((path, args[0])))
     model(**random_inputs(model, 2, 0))
     if not calls:
         raise TwinMergingError(
-            f"{layer} has no linear module, so `projection` cannot route there; use another layer or router"
+            f"{layer} has no linear module and no convolution, so `projection` cannot route there; use another layer or router"
         )
     return [path for path, state in calls if state is calls[0][1]]
 
@@ -131,19 +142,20 @@ def make_router(
     data = router_data(model, inputs, progress)
     if router_type(inputs) != "auto":
         return model, fit_router(model, data, inputs, progress)
-    layers, width = _auto_layers(first, inputs), first.config.hidden_size
+    layers = _auto_layers(first, inputs)
+    widths = state_widths(first, layers)
     known = {"experts": inputs.entries, "vocab_size": model.config.vocab_size or 0}
     plain = {"router_none_distance": None, "router_none_dimension": None}
 
     def make(candidate: Candidate) -> nn.Module:
         return new_router(SimpleNamespace(**known, **{**routing_fields(first, inputs, candidate), **plain}))
 
-    choice = choose(data, layers, width, make, recipe, progress.say)
+    choice = choose(data, layers, widths, make, recipe, progress.say)
     inputs.notes += [choice.note] if choice.note else []
     del model  # two at once would double the memory
     model = assemble(routing_fields(first, inputs, choice.candidate))
     model.router.load_state_dict(choice.router.state_dict(), strict=False)  # a `none` route is learned next
-    report = settle_router(model, choice.candidate.select(data, layers, width), recipe)
+    report = settle_router(model, choice.candidate.select(data, layers, widths), recipe)
     return model, replace(report, comparison=choice.comparison)
 
 
@@ -195,7 +207,10 @@ def expert_subspace(
     matrices = []
     for reader in readers:
         delta = delta_from_base(expert, base, separation.state, f"{reader}.weight")
-        matrices.append(delta.T if type(expert.skeleton.get_submodule(reader)) is Conv1D else delta)
+        module = expert.skeleton.get_submodule(reader)
+        if isinstance(module, nn.Conv2d):  # each place of the kernel reads the same channels
+            delta = delta.reshape(len(delta), module.in_channels, -1).transpose(1, 2).reshape(-1, module.in_channels)
+        matrices.append(delta.T if type(module) is Conv1D else delta)
     return subspace(matrices, rank, seed_text)
 
 

@@ -21,6 +21,7 @@ from twin_merging_hf.modeling.limits_twin_merging import check_sizes
 from twin_merging_hf.modeling.shared_twin_merging import LANGUAGE_MODELS, find_shared_class, refuse_language_model
 
 from .adapters import ADAPTER_WEIGHTS, is_adapter
+from .batch_statistics import Statistics, batch_norms, restated
 from .errors import TwinMergingError, is_file, without_tokens
 
 
@@ -63,6 +64,8 @@ class Checkpoint:
     """Backbone tensors that a base's own class does not have, such as the pooler of a masked language model."""
     copies: dict[str, tuple[Path, str]] = field(default_factory=dict)
     """Second copies of tied tensors, by the name of the one that counts."""
+    statistics: Statistics = field(default_factory=dict, repr=False, compare=False)
+    """Statistics in which the batch norms are read (`batch_statistics`); where empty, they are read as stored."""
     _handles: dict[Path, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -101,7 +104,7 @@ class Checkpoint:
     def layers_path(self) -> str:
         """
         Path, in the task model, of its list of layers: the first list of which every member is a Transformers layer, or
-        that is as long as the config says.
+        that is as long as the config says (layers, or stages of a convolutional model).
 
         Raises:
             TwinMergingError: there is none.
@@ -110,8 +113,9 @@ class Checkpoint:
         for name, members in lists:
             if all(isinstance(layer, GradientCheckpointingLayer) for layer in members):
                 return name
+        counts = (getattr(self.config, "num_hidden_layers", 0), len(getattr(self.config, "depths", None) or ()))
         for name, members in lists:
-            if len(members) == getattr(self.config, "num_hidden_layers", 0):
+            if len(members) in counts:
                 return name
         raise TwinMergingError(
             f"{self.task_class.__name__} has no list of layers in which a router could stop; use `router: {{pass: full}}`"
@@ -121,6 +125,20 @@ class Checkpoint:
     def layer_count(self) -> int:
         """How many layers the backbone has."""
         return len(cast(nn.ModuleList, self.skeleton.get_submodule(self.layers_path)))
+
+    @cached_property
+    def map_widths(self) -> tuple[int, ...]:
+        """Channels of a convolutional model's feature maps: before each layer, then of the last; found on the skeleton."""
+        found: list[int] = []
+        hooks = [
+            layer.register_forward_pre_hook(lambda module, args: found.append(args[0].shape[1]))
+            for layer in cast(nn.ModuleList, self.skeleton.get_submodule(self.layers_path))
+        ]
+        pixels = torch.empty(1, self.config.num_channels, 64, 64, device="meta")  # of any size: nothing is computed
+        last = self.skeleton.eval().base_model(pixel_values=pixels).last_hidden_state
+        for hook in hooks:
+            hook.remove()
+        return (*found, last.shape[1])
 
     def head_tensors(self) -> list[str]:
         """Names of the tensors outside the backbone."""
@@ -157,7 +175,19 @@ class Checkpoint:
         file, key = self.places[name]
         return _DTYPES[self._open(file).get_slice(key).get_dtype()]
 
+    @cached_property
+    def batch_norms(self) -> dict[str, Any]:
+        """Batch norms of the task model, by name."""
+        return batch_norms(self.skeleton)
+
     def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor: as stored, but batch norms in the common `statistics`, where there are some."""
+        module = name.rpartition(".")[0]
+        if f"{module}.running_mean" in self.statistics and module in self.batch_norms:
+            return restated(self.stored, name, self.batch_norms[module], self.statistics)
+        return self.stored(name)
+
+    def stored(self, name: str) -> torch.Tensor:
         """Read one tensor, as stored."""
         file, key = self.places[name]
         return self._open(file).get_tensor(key)
@@ -190,7 +220,7 @@ class Checkpoint:
     def find_not_finite(self) -> str | None:
         """Return the name of a tensor that holds NaN or infinity, or None. Reads every tensor once."""
         for name in self.places:
-            tensor = self.tensor(name)
+            tensor = self.stored(name)
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 return name
         return None

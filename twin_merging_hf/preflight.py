@@ -1,7 +1,7 @@
 """Everything that can be wrong with a build's inputs, found at once and before any work."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from twin_merging_hf.modeling.heads_twin_merging import LabelSpace
 from twin_merging_hf.modeling.tags_twin_merging import TOKEN_CLASSES
 
 from .adapted import adapter_base, open_expert
+from .batch_statistics import STATISTICS, common_statistics
 from .checkpoints import Checkpoint, open_checkpoint
 from .data import READ_AS_TEXT, ExpertRows, read_rows, split_rows
 from .errors import TwinMergingError
@@ -115,6 +116,9 @@ def preflight(recipe: Recipe, report: Callable[[str], None] = lambda message: No
         if checkpoint not in experts:
             _check_absent(checkpoint, recipe, problems, notes)
             notes += [f"{checkpoint.role}: ignored head tensor {name}" for name in checkpoint.ignored]
+    if not problems:
+        ready = base if recipe.shared_model == BASE else shared
+        notes += _share_statistics(backbones, [ready] if ready is not None else experts, recipe.out_dtype)
     _attempt(problems, _check_router_layer, recipe, first)
     entries = [_attempt(problems, _entry, *pair) for pair in zip(experts, recipe.experts, strict=True)]
     processing = _attempt(problems, _common_processing, backbones, recipe, problems, notes)
@@ -181,6 +185,17 @@ def _with_base(recipe: Recipe) -> Recipe:
         if base is not None:
             return replace(recipe, base_model=base)
     return recipe
+
+
+def _share_statistics(checkpoints: Sequence[Any], leading: Sequence[Any], out_dtype: str | None = None) -> list[str]:
+    """Let all checkpoints' batch norms be read in the statistics of the `leading` ones; returns a note if any differ."""
+    dtype = getattr(torch, out_dtype) if out_dtype else None
+    others = [c for c in checkpoints if not any(c is leader for leader in leading) and not c.absent]
+    common = common_statistics(leading[0].skeleton, [c.tensor for c in leading], [c.tensor for c in others], dtype)
+    for checkpoint in checkpoints:
+        checkpoint.statistics = common
+    count = len(common) // len(STATISTICS)
+    return [f"the statistics of {count} batch norms differ; all are restated in common ones"] if count else []
 
 
 def _attempt(problems: list[str], action: Callable, *args: Any) -> Any:
@@ -484,6 +499,7 @@ def check_newcomer(recipe: Recipe, newcomer: ExpertSpec, built: Checkpoint) -> I
     entry = _attempt(problems, _entry, new, newcomer)
     processing = _attempt(problems, _common_processing, [built, new], recipe, problems, notes)
     _raise(problems)
+    notes += _share_statistics([new], [built])
     bad = new.find_not_finite()
     if bad is not None:
         raise TwinMergingError(f"{new.role}: tensor {bad!r} holds NaN or infinity; train or save it again")

@@ -22,6 +22,7 @@ from .errors import TwinMergingError
 
 TOLERANCE = 1e-4
 _TOKENS = 12
+_PIXELS = 64
 
 
 def random_inputs(shared: PreTrainedModel, rows: int, seed: int, tokens: int = _TOKENS) -> dict[str, torch.Tensor]:
@@ -29,7 +30,7 @@ def random_inputs(shared: PreTrainedModel, rows: int, seed: int, tokens: int = _
     generator = torch.Generator().manual_seed(seed)
     config = shared.config
     if shared.main_input_name == "pixel_values":
-        size = config.image_size
+        size = getattr(config, "image_size", None) or _PIXELS  # convolutional models take any size
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
         return {
             "pixel_values": torch.randn(rows, getattr(config, "num_channels", 3), height, width, generator=generator)

@@ -30,18 +30,19 @@ class Candidate:
     layers: tuple[int, ...]
     router_pass: str
 
-    def select(self, data: RouterData, available: tuple[int, ...], width: int) -> RouterData:
+    def select(self, data: RouterData, available: tuple[int, ...], widths: tuple[int, ...]) -> RouterData:
         """
         Cut this candidate's features out of those of all layers.
 
         Args:
-            available: the layers whose states stand in the features side by side, each `width` wide; then the last
-                state.
+            available: the layers whose states stand in the features side by side; then the last state.
+            widths: of all these states.
         """
         places = [available.index(layer) for layer in self.layers]
         if self.router_pass == "full":
             places.append(len(available))
-        columns = torch.cat([torch.arange(place * width, (place + 1) * width) for place in places])
+        starts = [sum(widths[:place]) for place in places]
+        columns = torch.cat([torch.arange(s, s + widths[p]) for s, p in zip(starts, places, strict=True)])
         return replace(data, train=data.train[:, columns], held_out=data.held_out[:, columns])
 
 
@@ -92,7 +93,7 @@ class Choice:
 def choose(
     data: RouterData,
     layers: tuple[int, ...],
-    width: int,
+    widths: tuple[int, ...],
     make: Callable[[Candidate], nn.Module],
     recipe: Recipe,
     say: Callable[[str], None],
@@ -110,8 +111,8 @@ def choose(
     measured: list[tuple[Candidate, dict]] = []
     routers: list[nn.Module] = []
     text = data.train_tokens is not None
-    for candidate in _open_candidates(layers, width, text, recipe):
-        part, router = candidate.select(data, layers, width), make(candidate)
+    for candidate in _open_candidates(layers, widths[-1], text, recipe):
+        part, router = candidate.select(data, layers, widths), make(candidate)
         train_router(router, part, recipe.router, recipe.seed)
         figures = asdict(router_report(router.eval(), part, candidate.type, recipe.router.temperature))
         shown = {key: round(figures[key], 4) for key in ("accuracy", "negative_log_likelihood", "temperature")}

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
-from transformers import Dinov2Config
+from transformers import BitConfig, Dinov2Config
+from transformers.models.bit.modeling_bit import BitGroupNormActivation, WeightStandardizedConv2d
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.vit.modeling_vit import ViTEmbeddings
@@ -133,6 +134,18 @@ def assert_rows_are_dense(hooked: Hooked, x: torch.Tensor, **kwargs: Any) -> Non
         assert torch.equal(hooked.module(x, **kwargs), plain)  # outside a call the experts are off
 
 
+def batch_norm(**settings: Any) -> nn.BatchNorm2d:
+    """With statistics of its own, as after training."""
+    norm = nn.BatchNorm2d(4, **settings)
+    norm.running_mean.copy_(draw(4, seed=1))
+    norm.running_var.copy_(draw(4, seed=2).exp())
+    return norm
+
+
+def standardised(kernel: int, padding: Any, **settings: Any) -> nn.Module:
+    return WeightStandardizedConv2d(3, 5, kernel, padding=padding, eps=1e-3, **settings)
+
+
 FLOAT_INPUTS: dict[str, tuple[Any, tuple]] = {
     "linear": (lambda: nn.Linear(6, 5), (5, 6)),
     "linear without bias": (lambda: nn.Linear(6, 5, bias=False), (5, 6)),
@@ -148,6 +161,16 @@ FLOAT_INPUTS: dict[str, tuple[Any, tuple]] = {
     "conv2d on patches": (lambda: nn.Conv2d(3, 5, kernel_size=4, stride=4), (3, 8, 8)),
     "conv2d": (lambda: nn.Conv2d(3, 5, 3, stride=2, padding=2, dilation=2), (3, 9, 7)),
     "conv2d without bias": (lambda: nn.Conv2d(3, 5, (1, 3), padding="same", bias=False), (3, 5, 5)),
+    "batch norm": (lambda: batch_norm(eps=0.1), (4, 5, 3)),
+    "group norm": (lambda: nn.GroupNorm(2, 4, eps=0.1), (4, 5, 3)),
+    "group norm of rows of numbers": (lambda: nn.GroupNorm(2, 4), (4,)),
+    "bit's group norm": (lambda: BitGroupNormActivation(BitConfig(num_groups=2), 4), (4, 5, 3)),
+    "bit's group norm alone": (
+        lambda: BitGroupNormActivation(BitConfig(num_groups=2), 4, apply_activation=False),
+        (4, 5, 3),
+    ),
+    "standardised convolution": (lambda: standardised(3, None), (3, 5, 6)),
+    "standardised convolution that pads": (lambda: standardised(3, "same", stride=2, bias=True), (3, 6, 7)),
 }
 
 
@@ -162,6 +185,12 @@ def test_the_rule_equals_dense_weights_row_by_row(new, shape, storage):
 @pytest.mark.parametrize("new", [lambda: nn.Linear(6, 5), lambda: nn.LayerNorm(6)], ids=["linear", "layer norm"])
 def test_a_parameter_may_have_a_delta_alone(new, name):
     assert_rows_are_dense(Hooked(new(), [name]), draw(BATCH, 5, 6, seed=7))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("new", [batch_norm, lambda: nn.GroupNorm(2, 4)], ids=["batch norm", "group norm"])
+def test_a_channel_norm_may_have_a_delta_of_its_scale_or_its_shift_alone(new, name):
+    assert_rows_are_dense(Hooked(new(), [name]), draw(BATCH, 4, 5, 3, seed=7))
 
 
 def test_a_layer_norm_whose_scale_is_zero_still_gets_its_delta():
@@ -316,7 +345,12 @@ NO_RULE: dict[str, tuple[Any, str]] = {
     "an embedding that rescales": (lambda: nn.Embedding(9, 6, max_norm=1.0), "weight"),
     "a grouped convolution": (lambda: nn.Conv2d(4, 4, 3, groups=2), "weight"),
     "a convolution that reflects": (lambda: nn.Conv2d(3, 5, 3, padding=1, padding_mode="reflect"), "weight"),
-    "a batch norm": (lambda: nn.BatchNorm1d(6), "weight"),
+    "a batch norm without statistics": (lambda: nn.BatchNorm2d(6, track_running_stats=False), "weight"),
+    "a grouped standardised convolution": (
+        lambda: WeightStandardizedConv2d(4, 4, 3, padding=None, groups=2),
+        "weight",
+    ),
+    "a batch norm of rows": (lambda: nn.BatchNorm1d(6), "weight"),
     "a batch norm's bias": (lambda: nn.BatchNorm1d(6), "bias"),
     "a transposed convolution": (lambda: nn.ConvTranspose2d(3, 5, 3), "weight"),
     "a bilinear layer": (lambda: nn.Bilinear(3, 4, 5), "weight"),
