@@ -74,7 +74,13 @@ def test_the_router_reads_means_of_feature_maps_row_by_row(world):
 
 
 @pytest.mark.parametrize(
-    "router", [{"type": "mlp", "pass": "full"}, {"type": "centroid", "layer": [0, 1]}, {"type": "projection"}]
+    "router",
+    [
+        {"type": "mlp", "pass": "full"},
+        {"type": "centroid", "layer": [0, 1]},
+        {"type": "projection"},
+        {"type": "linear", "pass": "late", "layer": 1},
+    ],
 )
 def test_every_way_to_route_builds(world, router):
     kind, folder, _ = world
