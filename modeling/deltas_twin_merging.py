@@ -227,7 +227,7 @@ def attach_deltas(
         if name not in owners:
             raise ValueError(f"the config has a delta for {name!r}, but the shared model has no such parameter")
         holders, parameter = owners[name]
-        rules = [delta_rule(owner, attribute, parameter) for owner, attribute in holders]
+        rules: list = [delta_rule(owner, attribute, parameter) for owner, attribute in holders]
         if None in rules:
             owner = holders[rules.index(None)][0]
             raise ValueError(f"no rule lets a delta of {name!r} ({type(owner).__name__}) act per row")

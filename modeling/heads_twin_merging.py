@@ -49,8 +49,9 @@ class LabelSpace:
             start = spans[-1][1]
         first = list(experts[0]["labels"])
         orders: tuple = ()
+        labels: tuple = ()
         if all(expert["problem_type"] == LANGUAGE for expert in experts):
-            kind, labels = "language", ()
+            kind = "language"
         elif all(regression):
             names = {label for expert in experts for label in expert["labels"]}
             kind, labels = "value", tuple(names if len(names) == 1 else ["value"])

@@ -19,7 +19,7 @@ from .artifact import LAYOUT, pipeline_task, read_config, storage
 from .data import read_rows
 from .errors import TwinMergingError
 from .evaluate_task import Answers, Task, as_scored, task_answers
-from .evaluation import checkpoint_model, model_outputs, static_merge
+from .evaluation import ArtifactOutputs, checkpoint_model, model_outputs, static_merge
 from .inference import BATCH
 from .language_evaluation import longest_completion, text_difference, written_texts
 from .merging import MERGE_METHODS
@@ -361,6 +361,7 @@ def _compare(
 ) -> _Compared:
     scores: dict[str, dict[str, float]] = {"routed": {}, "given": {}}
     differences, by_task = {}, {}
+    labelled = {t: answers for t, answers in routed.items() if isinstance(answers, ArtifactOutputs)}
     for task in tasks:
         t, truth, draw = task.expert, task.truth, f"{seed}:{task.name}"
         by_itself, by_hand = as_scored(model, task, routed[t]), as_scored(model, task, given[t])
@@ -372,13 +373,12 @@ def _compare(
             continue
         found = bootstrap_difference(by_itself, by_hand, truth, task.metric, resamples=resamples, seed=draw)
         differences[task.name] = asdict(found)
-        alone = calibration(model, {t: routed[t]}, {t: task.rows})
+        alone = calibration(model, {t: labelled[t]}, {t: task.rows})
         if alone is not None:
             by_task[task.name] = asdict(alone)
     router = asdict(router_score(model.expert_names, {t.name: routed[t.expert].expert_weights for t in tasks}))
     router["confusion_columns"] = [*model.expert_names, "none"]
-    labelled = {task.expert: task.rows for task in tasks if not task.writes}
-    together = calibration(model, routed, labelled) if labelled else None
+    together = calibration(model, labelled, {task.expert: task.rows for task in tasks}) if labelled else None
     figures = None if together is None else {**asdict(together), "bins": 15, "tasks": by_task}
     return _Compared(scores, differences, router, figures)
 

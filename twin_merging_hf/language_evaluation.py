@@ -76,10 +76,11 @@ def text_difference(
 ) -> Difference:
     """Score of `one` minus that of `other`, with a paired interval; the metric is a mean over rows."""
     truth = references(rows)
-    scores = [[metric([text], [right]) for text, right in zip(texts, truth, strict=True)] for texts in (one, other)]
-    return bootstrap_difference(
-        *scores, [0] * len(rows), lambda found, _: float(found.mean()), seed=seed, resamples=resamples
+    first, second = (
+        [metric([text], [right]) for text, right in zip(texts, truth, strict=True)] for texts in (one, other)
     )
+    mean = lambda found, _: float(found.mean())  # noqa: E731
+    return bootstrap_difference(first, second, [0] * len(rows), mean, seed=seed, resamples=resamples)
 
 
 def _is_encoder_decoder(model: Any) -> bool:

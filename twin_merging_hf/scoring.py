@@ -1,6 +1,6 @@
 """From an artifact's answers to scores: pure functions of given outputs, the same for a command and for a benchmark."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +121,9 @@ class Calibration:
     nll: float
 
 
-def calibration(model: Any, answers: dict[int, ArtifactOutputs], rows: dict[int, Sequence[dict]]) -> Calibration | None:
+def calibration(
+    model: Any, answers: Mapping[int, ArtifactOutputs], rows: Mapping[int, Sequence[dict]]
+) -> Calibration | None:
     """
     How sure an artifact may be of the labels that it gives: over the union label space, rows that were routed wrongly
     included, rows of all tasks together. None without rows of classes (a regression has no distribution).
