@@ -100,7 +100,8 @@ def test_loras_in_peft_are_the_artifact_to_rounding_where_everything_is_carried(
     found = export_adapters(artifact, out)
     for name, entry in zip(tiny.LABELS, found.content["experts"], strict=True):
         assert entry["left_out"] == [] and entry["left_out_energy"] == 0 and entry["rank"] <= adapters.RANKS[name]
-        assert adapters.read(out / name)[0]["rank_pattern"]  # ranks differ between modules
+        if kind == "bert":  # an adapter whose modules differ in rank is among those compared
+            assert adapters.read(out / name)[0]["rank_pattern"]
         base = plain(kind, out / "base", num_labels=len(tiny.LABELS[name]))
         adapted = peft.PeftModel.from_pretrained(base, out / name).eval()
         with torch.no_grad():
