@@ -14,6 +14,7 @@ from twin_merging_hf.align_experts import align_inputs
 from twin_merging_hf.alignment import Permutation, layout_of
 from twin_merging_hf.builder import build_artifact, plan_build
 from twin_merging_hf.cli import app
+from twin_merging_hf.editing import Newcomer, add_expert
 from twin_merging_hf.evaluation import static_merge
 from twin_merging_hf.initialisation import cosines
 from twin_merging_hf.preflight import preflight
@@ -141,6 +142,24 @@ def test_init_sees_strangers_and_writes_a_recipe_that_aligns_them(strangers):
     text = recipe.read_text()
     assert "# expert 'a' and expert 'b' look like different initialisations" in text
     assert load_recipe(recipe).alignment.method == "auto"
+
+
+def test_a_stranger_that_joins_is_aligned_with_the_shared_model(strangers):
+    recipe = tiny.write_recipe(
+        strangers, ["a", "b"], file="two.yaml", base_model=None, alignment="auto", exclusive={"rank": tiny.FULL_RANK}
+    )
+    artifact = build_artifact(recipe, strangers / "two", QUIET).folder
+    newcomer = Newcomer("c", str(strangers / "c"), strangers / "c.jsonl", None)
+    result = add_expert(artifact, strangers / "three", newcomer, progress=QUIET)
+    assert any("expert 'c' was aligned with the shared model" in note for note in result.report["edits"][-1]["notes"])
+    model, batch = load(strangers / "three"), tiny.text_batch(4)
+    expert = AutoModelForSequenceClassification.from_pretrained(strangers / "c").eval()
+    with torch.no_grad():
+        found = model(**batch, experts="c").expert_logits[:, model.label_space.columns(2)]
+        torch.testing.assert_close(found, expert(**batch).logits, rtol=1e-4, atol=1e-4)
+        # It is close to the others now: their mean serves it, too.
+        shared = model(**batch, experts="__shared__").expert_logits[:, model.label_space.columns(2)]
+    assert float((shared - found).abs().max()) < 0.5 * float(found.abs().max())
 
 
 def test_static_merges_are_of_aligned_experts_under_aligned_heads(strangers):

@@ -129,8 +129,9 @@ ALLOWED: dict[str, set[str]] = {
         "preflight", "probe", "progress", "row_hashes", "stacking", "verdict",
     },
     "editing": {
-        "artifact", "drift", "edit_folder", "edit_newcomer", "edit_recipe", "edit_record", "edit_router", "edit_source",
-        "errors", "modeling", "preflight", "processing", "progress", "recipe", "separation", "stacking", "verdict",
+        "align_experts", "artifact", "drift", "edit_folder", "edit_newcomer", "edit_recipe", "edit_record", "edit_router",
+        "edit_source", "errors", "modeling", "preflight", "processing", "progress", "recipe", "separation", "stacking",
+        "verdict",
     },
     "cli": {
         "_version", "align_folders", "artifact", "builder", "demo", "editing", "errors", "evaluate_artifact",

@@ -134,6 +134,36 @@ def _align_one(
         bar.close()
 
 
+def align_newcomer(alone: Inputs, built: Checkpoint, progress: Progress) -> Inputs:
+    """
+    Align one expert that joins a finished artifact with the artifact's shared model, as the artifact's recipe says.
+
+    Args:
+        alone: inputs of the new expert by itself.
+        built: the artifact's shared model.
+
+    Raises:
+        TwinMergingError: as `align_inputs`.
+    """
+    settings, expert = alone.recipe.alignment, alone.experts[0]
+    if settings is None or (settings.method == "auto" and not describe_strangers([built, expert])):
+        return alone
+    # The shared model has no head of its own; under the newcomer's, only its backbone tells them apart.
+    reference = checkpoint_model(expert)
+    state = reference.state_dict()
+    for name in built.backbone:
+        state[name].copy_(built.tensor(name))
+    rows = calibration_rows(alone, settings)
+    share = 0.5 if settings.weight_share is None else settings.weight_share
+    with no_loading_bars():
+        result = _align_one(reference, expert, rows, share, settings, alone, checked_layout(reference), progress)
+    alone.notes.append(
+        f"{expert.role} was aligned with the shared model: similarity of matched units {result.report.objective:.3f} "
+        f"(as they stood {result.report.identity_objective:.3f})"
+    )
+    return replace(alone, experts=[_view(expert, result)])
+
+
 def stock_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Any:
     """The expert as its own stock class, in the type of its files unless told otherwise, in the order that `tensor` gives."""
     model = checkpoint.task_class.from_pretrained(checkpoint.path, dtype=dtype or "auto").eval()

@@ -14,6 +14,7 @@ from twin_merging_hf.modeling import TwinMergingConfig
 from twin_merging_hf.modeling.configuration_twin_merging import check_expert_names
 from twin_merging_hf.modeling.heads_twin_merging import LabelSpace
 
+from .align_experts import align_inputs, align_newcomer
 from .artifact import LAYOUT, label_fields, refuse_existing, staged
 from .drift import Drift, measure_drift
 from .edit_folder import Edited, write_edited
@@ -157,6 +158,7 @@ class _Edit:
         try:
             alone = replace(alone, rows=read_all_rows(alone.recipe, alone.entries, self.source.kind, alone.processing))
             check_adapter_base(self.source, alone.experts[0])
+            alone = align_newcomer(alone, self.source.built, self.progress)
             entry = alone.entries[0]
             self.notes += [*check_labels(self.source, entry, position, replaces), *alone.notes]
             self.progress.say("compressing its delta from the shared model")
@@ -235,7 +237,7 @@ class _Edit:
             self.notes.append("drift and agreement were not measured: no --recipe was given")
             return None
         try:
-            return preflight(recipe, self.progress.say)
+            return align_inputs(preflight(recipe, self.progress.say), self.progress)
         except TwinMergingError as error:
             first = next(line for line in str(error).splitlines() if line.strip(" -"))
             self.notes.append(f"drift and agreement were not measured, as the recipe cannot be built: {first}")
