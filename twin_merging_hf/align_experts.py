@@ -1,11 +1,11 @@
 """The alignment stage of a build: experts of different initialisation are read in one order of units from here on."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from .alignment import AlignmentResult, Layout, Permutation, align, checked_layout
 from .checkpoints import Checkpoint
@@ -25,19 +25,43 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass
 class AlignedCheckpoint(Checkpoint):
-    """A checkpoint whose units are read in the reference's order; its files stay as they are."""
+    """
+    An expert whose units are read in the reference's order; its files stay as they are.
 
-    permutation: Permutation | None = None
+    whole: the expert as it stands, a full checkpoint or an adapter on its base.
+    """
+
+    whole: Checkpoint = field(default=None)  # type: ignore[assignment]
+    permutation: Permutation = field(default=None)  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, whole: Checkpoint, permutation: Permutation) -> "AlignedCheckpoint":
+        """An expert seen through a permutation."""
+        own = {f.name: getattr(whole, f.name) for f in fields(Checkpoint)}
+        return cls(**own, whole=whole, permutation=permutation)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor and move its units."""
-        assert self.permutation is not None
-        return self.permutation.align(name, super().tensor(name))
+        return self.permutation.align(name, self.whole.tensor(name))
 
-    def settle(self, model: nn.Module) -> None:
-        """Move the units of the whole expert, loaded from the files."""
-        assert self.permutation is not None
+    def load_model(self) -> PreTrainedModel:
+        model = self.whole.load_model()
         self.permutation.apply(model)
+        return model
+
+    def fingerprint(self) -> str:
+        return self.whole.fingerprint()
+
+    @property
+    def adapter_of(self) -> str | None:
+        return self.whole.adapter_of
+
+    @property
+    def processing_paths(self) -> list[Path]:
+        return self.whole.processing_paths
+
+    def close(self) -> None:
+        self.whole.close()
 
 
 def align_inputs(inputs: Inputs, progress: Progress) -> Inputs:
@@ -164,18 +188,14 @@ def align_newcomer(alone: Inputs, built: Checkpoint, progress: Progress) -> Inpu
     return replace(alone, experts=[_view(expert, result)])
 
 
-def stock_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Any:
-    """The expert as its own stock class, in the type of its files unless told otherwise, in the order that `tensor` gives."""
-    model = checkpoint.task_class.from_pretrained(checkpoint.path, dtype=dtype or "auto").eval()
-    checkpoint.settle(model)
-    return model
+def stock_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The expert as its own stock class, in the type of its files, in the order that `tensor` gives."""
+    types = (checkpoint.tensor(name).dtype for name in checkpoint.backbone)
+    return checkpoint.load_model().to(next(dtype for dtype in types if dtype.is_floating_point))  # type: ignore[arg-type]
 
 
 def _view(expert: Checkpoint, result: AlignmentResult | None) -> Checkpoint:
-    if result is None:
-        return expert
-    own = {f.name: getattr(expert, f.name) for f in fields(expert)}
-    return AlignedCheckpoint(**own, permutation=result.permutation)
+    return expert if result is None else AlignedCheckpoint.of(expert, result.permutation)
 
 
 def calibration_rows(inputs: Inputs, settings: AlignmentSettings) -> list[dict]:

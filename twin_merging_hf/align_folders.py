@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 from .align_experts import calibration_rows, stock_model, view_aligned
@@ -90,7 +89,7 @@ def _write_zip(
     if settings.weight_share is None:
         raise TwinMergingError("`weight_share: search` compares aligned averages; for a zip, give a number")
     names = inputs.recipe.names
-    models = [stock_model(checkpoint, torch.float32) for checkpoint in inputs.experts]
+    models = [checkpoint.load_model() for checkpoint in inputs.experts]
     rows = calibration_rows(inputs, settings)
     given = [batch for _, batch in batches(rows, inputs.processing)] if rows and inputs.processing else None
     if has_batch_norm(models[0]) and given is None:

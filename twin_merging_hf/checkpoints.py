@@ -192,9 +192,6 @@ class Checkpoint:
         file, key = self.places[name]
         return self._open(file).get_tensor(key)
 
-    def settle(self, model: nn.Module) -> None:
-        """Bring a model that was loaded from the files to the order in which `tensor` gives them: nothing to do here."""
-
     def fingerprint(self) -> str:
         """SHA-256 of the weight files, in order of their names."""
         return weights_fingerprint(self.path, self.role)

@@ -17,10 +17,8 @@ from .shared_merge import merge_tensor
 
 
 def checkpoint_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The expert itself, as its own stock class, float32; of an aligned one, in its new order."""
-    model = checkpoint.load_model()
-    checkpoint.settle(model)
-    return model
+    """The expert itself, as its own stock class, float32."""
+    return checkpoint.load_model()
 
 
 def static_merge(inputs: Inputs, expert: int, method: str, recipe: Recipe | None = None) -> PreTrainedModel:
