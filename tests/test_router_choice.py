@@ -18,6 +18,7 @@ from twin_merging_hf.router_training import RouterData, router_report
 
 WIDTH, EXPERTS, ROWS = 6, 2, 120
 LAYERS = (0, 1, 2)
+WIDTHS = (WIDTH,) * (len(LAYERS) + 1)  # of the layers and the last state
 RECIPE = {"experts": [{"name": name, "model": name, "data": f"{name}.jsonl"} for name in "ab"], "router": "auto"}
 
 
@@ -36,7 +37,7 @@ def planted(telling: tuple[int, ...], seed: int = 0) -> RouterData:
 
 
 def chosen(data: RouterData, say: Callable[[str], None] = lambda message: None):
-    choice = choose(data, LAYERS, (WIDTH,) * (len(LAYERS) + 1), new, parse_recipe(RECIPE), say)
+    choice = choose(data, LAYERS, WIDTHS, new, parse_recipe(RECIPE), say)
     return choice.candidate, choice.comparison
 
 
@@ -85,8 +86,8 @@ def test_a_full_pass_must_find_clearly_more_rows(full, taken):
 
 def test_the_winner_comes_fitted_and_scores_what_the_comparison_says():
     data = planted((1, 2, 3))
-    choice = choose(data, LAYERS, WIDTH, new, parse_recipe(RECIPE), lambda message: None)
-    part = choice.candidate.select(data, LAYERS, WIDTH)
+    choice = choose(data, LAYERS, WIDTHS, new, parse_recipe(RECIPE), lambda message: None)
+    part = choice.candidate.select(data, LAYERS, WIDTHS)
     report = router_report(choice.router, part, choice.candidate.type, None)
     entry = next(entry for entry in choice.comparison if entry["chosen"])
     assert report.accuracy == pytest.approx(entry["accuracy"], abs=1e-4)
