@@ -158,8 +158,9 @@ class ExactDelta(nn.Module):
         self.delta = nn.Parameter(torch.empty(experts, *shape))
 
     def forward(self, call: CallWeights) -> torch.Tensor:
-        weights, delta = call.vector_weights.to(device=self.delta.device, dtype=self.delta.dtype), self.delta
+        delta: torch.Tensor = self.delta
+        weights = call.vector_weights.to(device=delta.device, dtype=delta.dtype)
         if call.experts is not None:
             places = call.places((1,) * len(delta), delta.device)
             weights, delta = take(weights, 1, places), take(delta, 0, places)
-        return torch.tensordot(weights, delta, dims=1)
+        return (weights @ delta.flatten(1)).view(-1, *delta.shape[1:])

@@ -34,6 +34,8 @@ class MatrixForward:
         if call is None:
             return type(module).forward(module, *args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
+        if call.method == "materialised" and not call.parts:
+            return self._materialised(x, call)  # one matrix for all rows, however they are folded
         rows = as_rows(x, call.weights.shape[0])
         output = self._parts(rows, call)
         return output.view(max(x.shape[0], rows.shape[0]) if x.dim() > 1 else -1, *x.shape[1:-1], output.shape[-1])

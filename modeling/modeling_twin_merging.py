@@ -433,12 +433,12 @@ class TwinMergingPreTrainedModel(ExportMixin, LateMixin, PlansMixin, PushMixin):
             output = finish(restore_order(answer(repeated, weights.to(main.device)), moved, self._per_token))
             output = type(output)(**{k: _split_rows(v, len(self.expert_names)) for k, v in output.items()})
         else:
-            weights = self._weights_given(inputs, experts, expert_weights)
-            if weights is None and self._routes_in_the_answer_s_pass(inputs):
+            given = self._weights_given(inputs, experts, expert_weights)
+            if given is None and self._routes_in_the_answer_s_pass(inputs):
                 self._check_mask(inputs)
-            elif weights is None:
-                weights = self.route(**inputs)
-            output = answer(inputs, weights)
+            elif given is None:
+                given = self.route(**inputs)
+            output = answer(inputs, given)
             output = finish(restore_order(output, moved, self._per_token))
         use_dict = self.config.return_dict if return_dict is None else return_dict
         return output if use_dict else output.to_tuple()

@@ -40,10 +40,10 @@ class NormForward:
 
     def _vector(self, name: str, call: CallWeights) -> torch.Tensor | None:
         """Scale or shift of each row [batch, n], or of all rows [1, n]; None where the module has none."""
-        own, delta = self.module._parameters.get(name), getattr(self, name)
+        own: Any = self.module._parameters.get(name)
+        delta = getattr(self, name)
         if delta is None:
             return None if own is None else own[None]
-        own = self.module._parameters[name]
         return call.kept_vector((id(self), name), lambda: own + delta(call).to(device=own.device, dtype=own.dtype))
 
     def _rows(self, x: torch.Tensor, scale: Any, shift: Any) -> torch.Tensor:
@@ -58,7 +58,7 @@ class NormForward:
             return normed * scale
         return normed + shift if scale is None else torch.addcmul(shift, normed, scale)
 
-    def _with_scale(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def _with_scale(self, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         """The module's own forward on a shallow shell of it that has another scale; the module itself never changes."""
         module = self.module
         shell = shell_of(module)

@@ -121,7 +121,7 @@ class Decision:
         )
 
     def _part(self, weights, rows: tuple, method: str, experts: tuple, budget) -> Part:
-        place = slice(rows[0], rows[-1] + 1)
+        place: slice | torch.Tensor = slice(rows[0], rows[-1] + 1)
         if len(rows) != rows[-1] + 1 - rows[0]:
             place = torch.tensor(rows, device=weights.device)
         return Part(place, self._one(weights[place], method, experts, rows, budget, uniform=method == "materialised"))

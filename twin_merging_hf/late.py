@@ -29,7 +29,7 @@ def _used_before(first: Checkpoint, layer: str) -> frozenset[str]:
     """Names of the parameters whose modules run before a layer, found by a run of a random model."""
     model = first.task_class(first.config).eval()
     started: set[int] = set()
-    reached = []
+    reached: list = []
     for module in model.modules():
         module.register_forward_pre_hook(lambda m, args: None if reached else started.add(id(m)))
     model.get_submodule(layer).register_forward_pre_hook(lambda m, args: reached.append(m), prepend=True)
