@@ -97,7 +97,7 @@ def held(model: Any) -> int:
     gc.collect()
     places = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
             places[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
     return sum(places.values())
 
