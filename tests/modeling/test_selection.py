@@ -170,3 +170,19 @@ def test_a_choice_holds_in_its_block_and_thread_only(world):
     with model.use_plan("materialised"):
         assert model.explain(**tiny.text_batch(2), experts="a").plan == "materialised"
     assert model.explain(**tiny.text_batch(2), experts="a").plan == "gathered"
+
+
+@torch.no_grad()
+def test_offloaded_weights_are_not_merged_and_auto_does_without(world, tmp_path):
+    inputs, expected = tiny.text_batch(4), world.model("bert")
+    expected = expected(**inputs, experts="a").expert_logits
+    model = (
+        type(world.model("bert"))
+        .from_pretrained(world.artifact("bert"), device_map={"": "disk"}, offload_folder=str(tmp_path))
+        .eval()
+    )
+    with pytest.raises(ValueError, match="offloaded"):
+        model.set_plan("materialised")
+    for plan in ("auto", "factored", "gathered"):
+        with model.use_plan(plan), model.generating(100):
+            torch.testing.assert_close(model(**inputs, experts="a").expert_logits, expected, atol=1e-5, rtol=0)
