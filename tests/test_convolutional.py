@@ -119,6 +119,21 @@ def test_an_expert_that_joins_is_restated_in_the_artifact_s_statistics(world):
     torch.testing.assert_close(output, load(folder / "c")(**inputs).logits, atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_experts_that_were_aligned_are_restated_in_the_new_order_of_channels(tmp_path):
+    folder = tiny.make_experts("resnet", tmp_path, EXPERTS)
+    tiny.new_model("resnet", EXPERTS["b"], seed=99).save_pretrained(folder / "b")  # of another initialisation
+    train_statistics(folder, EXPERTS)
+    recipe = tiny.write_recipe(
+        folder, tuple(EXPERTS), exclusive=FULL_RANK, base_model=None, alignment={"method": "mudsc", "max_sweeps": 1}
+    )
+    build_artifact(recipe, tmp_path / "out", Progress(quiet=True))
+    model, inputs = load(tmp_path / "out"), tiny.batch("resnet", 2)
+    for t, name in enumerate(EXPERTS):
+        output = model(**inputs, experts=[name, name]).expert_logits[:, model.label_space.columns(t)]
+        torch.testing.assert_close(output, load(folder / name)(**inputs).logits, atol=1e-4, rtol=1e-4)
+
+
 # ---- batch norms ----------------------------------------------------------------------------------------------------
 
 

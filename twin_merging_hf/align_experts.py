@@ -14,7 +14,7 @@ from .errors import TwinMergingError
 from .evaluation import accuracy, checkpoint_model, merged_backbone, model_outputs, pearson, with_backbone
 from .inference import batches
 from .initialisation import describe_strangers
-from .preflight import Inputs
+from .preflight import Inputs, share_statistics
 from .progress import Progress, no_loading_bars
 from .recipe import AlignmentSettings
 
@@ -40,7 +40,7 @@ class AlignedCheckpoint(Checkpoint):
         own = {f.name: getattr(whole, f.name) for f in fields(Checkpoint)}
         return cls(**own, whole=whole, permutation=permutation)
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def stored(self, name: str) -> torch.Tensor:
         """Read one tensor and move its units."""
         return self.permutation.align(name, self.whole.tensor(name))
 
@@ -120,7 +120,9 @@ def view_aligned(inputs: Inputs, settings: AlignmentSettings, progress: Progress
         for index, expert in enumerate(inputs.experts):
             if index != reference:
                 results[index] = _align_one(model, expert, rows, share, settings, inputs, layout, progress)
-        candidate = replace(inputs, experts=[_view(e, r) for e, r in zip(inputs.experts, results, strict=True)])
+        experts = [_view(e, r) for e, r in zip(inputs.experts, results, strict=True)]
+        candidate = replace(inputs, experts=experts)
+        _share_statistics_again(candidate)
         candidate.alignment = _report(inputs, reference, results, rows)
         tried.append((_score(candidate) if len(shares) > 1 else 0.0, candidate))
     best = max(tried, key=lambda each: each[0])[1]
@@ -196,6 +198,13 @@ def stock_model(checkpoint: Checkpoint) -> PreTrainedModel:
 
 def _view(expert: Checkpoint, result: AlignmentResult | None) -> Checkpoint:
     return expert if result is None else AlignedCheckpoint.of(expert, result.permutation)
+
+
+def _share_statistics_again(candidate: Inputs) -> None:
+    """Batch norms' common statistics are those of channels in the reference's order now, and lie in no other model."""
+    ready = candidate.shared
+    others = [each for each in (candidate.base, ready) if each is not None]
+    share_statistics([*candidate.experts, *others], candidate.experts if ready is None else [ready], candidate.recipe)
 
 
 def calibration_rows(inputs: Inputs, settings: AlignmentSettings) -> list[dict]:

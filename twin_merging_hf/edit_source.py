@@ -51,7 +51,7 @@ class BuiltBackbone(Checkpoint):
         built.state = state
         return built
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def stored(self, name: str) -> torch.Tensor:
         return self.state[f"shared.{name}"]
 
     def shape(self, name: str) -> torch.Size:

@@ -22,7 +22,7 @@ from .evaluate_task import Answers, Task, as_scored, task_answers
 from .evaluation import ArtifactOutputs, checkpoint_model, model_outputs, static_merge
 from .inference import BATCH
 from .language_evaluation import longest_completion, text_difference, written_texts
-from .merging import MERGE_METHODS
+from .merging import DEFAULTS
 from .metrics import ScoreTable, bootstrap_difference, metric_for
 from .preflight import Inputs, preflight
 from .processing import Processing, load_processing, position_limit
@@ -169,8 +169,8 @@ def _check_request(
 
 def _check_merges(merges: Sequence[str], inputs: Inputs) -> None:
     for method in merges:
-        if method not in (*MERGE_METHODS, "base"):
-            raise TwinMergingError(f"{method!r} is no merge method; known: {', '.join(MERGE_METHODS)}, base")
+        if method not in (*DEFAULTS, "base"):
+            raise TwinMergingError(f"{method!r} is no merge method; known: {', '.join(DEFAULTS)}, base")
         if inputs.base is None and method != "linear":
             raise TwinMergingError(f"the static merge `{method}` needs `base_model` in the recipe")
 

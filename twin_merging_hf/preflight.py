@@ -62,6 +62,8 @@ class Inputs:
     """What alignment found, for report.json; None where nothing was aligned."""
     thresholds: dict[tuple[float, torch.dtype], tuple[float, ...]] = field(default_factory=dict, repr=False)
     """What TIES keeps of each expert, by density and type of computing; filled where it is needed first."""
+    fitted: dict[tuple, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False)
+    """Backbone tensors of shared models that were fitted as a whole, by method and the experts' weights; filled likewise."""
 
     @property
     def kind(self) -> str:
@@ -118,7 +120,7 @@ def preflight(recipe: Recipe, report: Callable[[str], None] = lambda message: No
             notes += [f"{checkpoint.role}: ignored head tensor {name}" for name in checkpoint.ignored]
     if not problems:
         ready = base if recipe.shared_model == BASE else shared
-        notes += _share_statistics(backbones, [ready] if ready is not None else experts, recipe.out_dtype)
+        notes += share_statistics(backbones, [ready] if ready is not None else experts, recipe)
     _attempt(problems, _check_router_layer, recipe, first)
     entries = [_attempt(problems, _entry, *pair) for pair in zip(experts, recipe.experts, strict=True)]
     processing = _attempt(problems, _common_processing, backbones, recipe, problems, notes)
@@ -187,11 +189,11 @@ def _with_base(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def _share_statistics(checkpoints: Sequence[Any], leading: Sequence[Any], out_dtype: str | None = None) -> list[str]:
+def share_statistics(checkpoints: Sequence[Any], leading: Sequence[Any], recipe: Recipe) -> list[str]:
     """Let all checkpoints' batch norms be read in the statistics of the `leading` ones; returns a note if any differ."""
-    dtype = getattr(torch, out_dtype) if out_dtype else None
+    dtype = getattr(torch, recipe.out_dtype) if recipe.out_dtype else None
     others = [c for c in checkpoints if not any(c is leader for leader in leading) and not c.absent]
-    common = common_statistics(leading[0].skeleton, [c.tensor for c in leading], [c.tensor for c in others], dtype)
+    common = common_statistics(leading[0].skeleton, [c.stored for c in leading], [c.stored for c in others], dtype)
     for checkpoint in checkpoints:
         checkpoint.statistics = common
     count = len(common) // len(STATISTICS)
@@ -370,7 +372,9 @@ def _check_patterns(recipe: Recipe, names: list[str]) -> None:
 
 def _uses_base(recipe: Recipe) -> bool:
     """True where the shared model is made of the base."""
-    return recipe.shared_model == BASE or (recipe.shared_model is None and recipe.merge_method != "linear")
+    return recipe.shared_model == BASE or (
+        recipe.shared_model is None and recipe.merge_method not in ("linear", "least_squares")
+    )
 
 
 def _check_covered(
@@ -499,7 +503,7 @@ def check_newcomer(recipe: Recipe, newcomer: ExpertSpec, built: Checkpoint) -> I
     entry = _attempt(problems, _entry, new, newcomer)
     processing = _attempt(problems, _common_processing, [built, new], recipe, problems, notes)
     _raise(problems)
-    notes += _share_statistics([new], [built])
+    notes += share_statistics([new], [built], recipe)
     bad = new.find_not_finite()
     if bad is not None:
         raise TwinMergingError(f"{new.role}: tensor {bad!r} holds NaN or infinity; train or save it again")

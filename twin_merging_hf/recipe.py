@@ -283,6 +283,15 @@ def _check_alignment(recipe: Recipe) -> None:
 
 def _check_merge(recipe: Recipe) -> None:
     method, defaults = recipe.merge_method, DEFAULTS[recipe.merge_method]
+    without = [expert.name for expert in recipe.experts if expert.data is None]
+    if method == "least_squares" and not recipe.shared_model:
+        if without:
+            raise TwinMergingError(
+                f"`merge_method: least_squares` is fitted on inputs of `data`, which expert {without[0]!r} does not have; give "
+                "`data` for every expert, or use `linear`"
+            )
+        if min(expert.weight for expert in recipe.experts) <= 0:
+            raise TwinMergingError("`merge_method: least_squares` needs experts' `parameters.weight` above 0")
     if recipe.base_model is None and defaults.needs_base and not recipe.shared_model:
         raise TwinMergingError(f"`merge_method: {method}` needs `base_model`")
     given = {"lambda": recipe.scaling, "density": recipe.density, "normalize": recipe.normalize}

@@ -8,6 +8,7 @@ import torch
 
 from .checkpoints import Checkpoint
 from .errors import TwinMergingError
+from .fitted_merge import LEAST_SQUARES, fitted_tensor
 from .merging import DEFAULTS, MERGE_METHODS, MergeSettings, settings_for, trim_thresholds
 from .preflight import Inputs
 from .recipe import Recipe
@@ -41,6 +42,10 @@ def merge_tensor(
     recipe = recipe or inputs.recipe
     method = method or recipe.merge_method
     settings = merge_settings(recipe, method)
+    if method == LEAST_SQUARES:
+        means = replace(recipe, normalize=True)
+        fitted = fitted_tensor(inputs, name, settings.weights, lambda n: merge_tensor(inputs, n, "linear", means))
+        return fitted.to(getattr(torch, recipe.dtype))
     experts = experts or [checkpoint.tensor(name) for checkpoint in inputs.experts]
     compute: torch.dtype = getattr(torch, recipe.dtype)
     experts = [expert.to(compute) for expert in experts]

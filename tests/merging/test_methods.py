@@ -42,7 +42,7 @@ def given(method: str, weights: tuple[float, ...] = (1, 1, 1), **coefficients) -
 
 
 def test_the_recipe_names_every_method():
-    assert set(NAMES) == set(MERGE_METHODS) == set(DEFAULTS)
+    assert set(NAMES) == {*MERGE_METHODS, "least_squares"} == set(DEFAULTS)
 
 
 def test_defaults():
@@ -54,6 +54,7 @@ def test_defaults():
         "dare_linear": (0.3, 0.9, False),
         "dare_ties": (1.0, 0.9, True),
         "tsv_m": (1.0, None, None),
+        "least_squares": (None, None, None),
     }
 
 

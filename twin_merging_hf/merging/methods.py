@@ -2,7 +2,7 @@
 The table of merge methods.
 
 Each takes the experts' tensors stacked as [expert, *shape], the base's tensor (or None) and `MergeSettings`, and
-returns the shared tensor.
+returns the shared tensor. `least_squares` is among the defaults alone: it fits all tensors together (`fitted_merge`).
 """
 
 from collections.abc import Callable
@@ -34,4 +34,5 @@ DEFAULTS: dict[str, MethodDefaults] = {
     "dare_linear": MethodDefaults(needs_base=True, scaling=0.3, density=0.9, normalize=False),
     "dare_ties": MethodDefaults(needs_base=True, scaling=1.0, density=0.9, normalize=True),
     "tsv_m": MethodDefaults(needs_base=True, scaling=1.0, density=None, normalize=None),
+    "least_squares": MethodDefaults(needs_base=False, scaling=None, density=None, normalize=None),
 }
