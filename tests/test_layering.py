@@ -91,7 +91,8 @@ ALLOWED: dict[str, set[str]] = {
         "recipe",
     },
     "align_folders": {
-        "align_experts", "alignment", "artifact", "errors", "inference", "pictures", "preflight", "progress", "recipe",
+        "align_experts", "alignment", "artifact", "checkpoints", "errors", "inference", "pictures", "preflight", "progress",
+        "recipe",
     },
     "builder": {
         "_version", "align_experts", "artifact", "build_router", "calibration", "checkpoints", "errors", "hub_upload",

@@ -190,10 +190,10 @@ def align_newcomer(alone: Inputs, built: Checkpoint, progress: Progress) -> Inpu
     return replace(alone, experts=[_view(expert, result)])
 
 
-def stock_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The expert as its own stock class, in the type of its files, in the order that `tensor` gives."""
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Type of an expert's floating-point weights, as stored."""
     types = (checkpoint.tensor(name).dtype for name in checkpoint.backbone)
-    return checkpoint.load_model().to(next(dtype for dtype in types if dtype.is_floating_point))  # type: ignore[arg-type]
+    return next(dtype for dtype in types if dtype.is_floating_point)
 
 
 def _view(expert: Checkpoint, result: AlignmentResult | None) -> Checkpoint:

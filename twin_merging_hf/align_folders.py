@@ -8,9 +8,10 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from .align_experts import calibration_rows, stock_model, view_aligned
+from .align_experts import calibration_rows, stored_dtype, view_aligned
 from .alignment import has_batch_norm, merge_models, reestimate_batch_norm
 from .artifact import refuse_existing, staged, write_json
+from .checkpoints import Checkpoint
 from .errors import TwinMergingError
 from .inference import batches
 from .pictures import draw_alignment
@@ -77,8 +78,7 @@ def _write_aligned(
 ) -> dict[str, Any]:
     aligned = view_aligned(inputs, settings, progress)
     for name, checkpoint in zip(inputs.recipe.names, aligned.experts, strict=True):
-        model = stock_model(checkpoint)
-        model.save_pretrained(folder / name)
+        _save(checkpoint.load_model(), checkpoint, folder / name)
         _save_processor(inputs, folder / name)
     return aligned.alignment or {}
 
@@ -114,20 +114,17 @@ def _write_zip(
         tick=lambda block: bar.update(),
     )
     bar.close()
-    merged = models[reference]
-    merge.apply(merged, given)
-    dtype = stock_model(inputs.experts[reference]).dtype
-    merged.to(dtype).save_pretrained(folder)
+    merge.apply(models[reference], given)
+    _save(models[reference], inputs.experts[reference], folder)
     _save_processor(inputs, folder)
     sidecar = {
         f"{name}.{site}": m for site, each in merge.matrices.items() for name, m in zip(names, each, strict=True)
     }
-    permutations = {
-        f"{name}.{site}": index
-        for name, result in zip(names, merge.alignments, strict=True)
-        if result is not None
-        for site, index in result.permutation.index.items()
-    }
+    permutations: dict[str, Any] = {}
+    for name, result in zip(names, merge.alignments, strict=True):
+        if result is not None:
+            permutations |= {f"{name}.{site}.index": index for site, index in result.permutation.index.items()}
+            permutations |= {f"{name}.{site}.sign": sign for site, sign in result.permutation.sign.items()}
     save_file({key: value.contiguous() for key, value in sidecar.items()}, folder / MATRICES)
     save_file({key: value.contiguous() for key, value in permutations.items()}, folder / "permutations.safetensors")
     if heads == "keep":
@@ -146,6 +143,11 @@ def _write_zip(
         "zip_objectives": merge.objectives,
         "experts": {n: r.report.to_dict() for n, r in zip(names, merge.alignments, strict=True) if r is not None},
     }
+
+
+def _save(model: Any, source: Checkpoint, folder: Path) -> None:
+    """Write a model in the type of the checkpoint that it comes from."""
+    model.to(stored_dtype(source)).save_pretrained(folder)
 
 
 def _save_processor(inputs: Inputs, folder: Path) -> None:
