@@ -14,18 +14,18 @@ import argparse
 import gc
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import transformers
 from inference_cuda import cuda_sections
 from inference_goals import outcomes
-from inference_measure import LEAST_REPEATS, OutputDiffersError, Row, measure
+from inference_measure import LEAST_REPEATS, Cell, OutputDiffersError, Row, measure
 from inference_memory import PLANS as MEMORY_PLANS
 from inference_memory import footprint
 from inference_sections import SECTIONS, Sizes, full_sizes
-from inference_table import read, show, show_outcomes, write, write_outcomes
+from inference_table import draw, read, show, show_outcomes, write, write_outcomes
 
 
 MEMORY = "memory"
@@ -34,6 +34,9 @@ MEMORY = "memory"
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
     parser.add_argument("--only", metavar="A,B", help=f"sections: {', '.join((*SECTIONS, MEMORY))}")
+    parser.add_argument(
+        "--tables", default="", metavar="TEXT", help="only tables whose name contains this, such as 'T=8'"
+    )
     parser.add_argument("--repeats", type=int, default=LEAST_REPEATS, help="rounds of each table (%(default)s)")
     parser.add_argument(
         "--layers", type=int, default=4, help="of the encoder's 12; ratios hardly depend on it (%(default)s)"
@@ -60,15 +63,18 @@ def main(arguments: Sequence[str] | None = None, sizes: Sizes | None = None) -> 
     sections = SECTIONS if args.device == "cpu" else cuda_sections(args.device)
     name = "inference" if args.device == "cpu" else "inference_cuda"
     chosen = _chosen(args.only, [*sections, *([MEMORY] if args.device == "cpu" else [])])
+    rows = [row for row in read(args.out / f"{name}.csv") if row.section not in chosen or args.tables not in row.cell]
     try:
-        rows = [row for section in chosen if section != MEMORY for row in _run(sections[section], sizes, args.repeats)]
+        for section in chosen:
+            for found in _tables(sections[section], sizes, args) if section != MEMORY else ():
+                rows += found
+                # After each table: a run that is cut off has not been for nothing.
+                write(args.out, rows, outcomes(rows), name)
     except OutputDiffersError as error:
         sys.exit(f"error: {error}")
-    kept = [row for row in read(args.out / f"{name}.csv") if row.section not in chosen]
-    judged = outcomes([*kept, *rows])
     if rows:
-        print(show_outcomes(judged))
-        write(args.out, [*kept, *rows], judged, name)
+        print(show_outcomes(outcomes(rows)))
+        draw(args.out / f"{name}.png", rows)
     if MEMORY in chosen:
         in_memory = [outcome for plan in MEMORY_PLANS for outcome in footprint(*plan).outcomes()]
         print(show_outcomes(in_memory))
@@ -83,16 +89,17 @@ def _chosen(only: str | None, sections: list[str]) -> list[str]:
     return chosen
 
 
-def _run(section, sizes: Sizes, repeats: int) -> list[Row]:
+def _tables(section: Callable[[Sizes], Iterator[Cell]], sizes: Sizes, args: argparse.Namespace) -> Iterator[list[Row]]:
     """Measure and print the tables of a section, one after the other."""
-    rows: list[Row] = []
     for cell in section(sizes):
-        found = measure(cell, repeats, quiet=False)
-        print(show(found), flush=True)
-        rows += found
+        if args.tables in cell.name:
+            found = measure(cell, args.repeats, quiet=False)
+            print(show(found), flush=True)
+            yield found
+        for close in cell.close:
+            close()
         del cell
         gc.collect()
-    return rows
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class Cell:
     """
     One table: the same work, done by variants; the first one is the base.
 
-    settings: columns of the CSV file. close: called when all is measured.
+    settings: columns of the CSV file. close: called by whoever takes the cell, when all is done.
     """
 
     section: str
@@ -116,8 +116,6 @@ def measure(cell: Cell, repeats: int, quiet: bool = True) -> list[Row]:
             found = [check(cell, variant) for variant in cell.variants]
             rounds = _rounds(cell, repeats, clock_of(cell), quiet)
     finally:
-        for close in cell.close:
-            close()
         torch.set_num_threads(before)
     bases = rounds[cell.variants[0].name]
     rows = []

@@ -149,13 +149,16 @@ class WithinGeneration:
     def __init__(self, wrapper: Any, run: rivals.Run, steps: int):
         self.run, self.context, self.block = run, copy_context(), wrapper.generating(max_new_tokens=steps)
         self.context.run(self.block.__enter__)
+        self.open = True
 
     def __call__(self) -> torch.Tensor:
         return self.context.run(self.run)
 
     def close(self) -> None:
-        """What was kept for the steps is dropped."""
-        self.context.run(self.block.__exit__, None, None, None)
+        """What was kept for the steps is dropped; once is enough."""
+        if self.open:
+            self.open = False
+            self.context.run(self.block.__exit__, None, None, None)
 
 
 # ---- encoder -----------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def _key(row: Row) -> tuple[str, str, str]:
 
 
 def write(folder: Path, rows: Sequence[Row], outcomes: Sequence[Outcome], name: str = "inference") -> None:
-    """`{name}.csv`, `{name}_goals.csv` and the picture."""
+    """`{name}.csv` and `{name}_goals.csv`."""
     head = [
         "section",
         "cell",
@@ -68,7 +68,6 @@ def write(folder: Path, rows: Sequence[Row], outcomes: Sequence[Outcome], name: 
     ]
     write_rows(folder / f"{name}.csv", [*head, *_SETTINGS], table)
     write_outcomes(folder / f"{name}_goals.csv", outcomes)
-    draw(folder / f"{name}.png", rows)
 
 
 def write_outcomes(path: Path, outcomes: Sequence[Outcome]) -> None:

@@ -201,6 +201,8 @@ def test_the_gpu_section_runs_at_toy_size_without_a_gpu():
     for section in cuda.cuda_sections("cpu", decoder()).values():
         for cell in section(sizes):
             assert all(row.ratio > 0 for row in measure.measure(cell, 1))
+            for close in cell.close:
+                close()
 
 
 def test_unknown_sections_are_named(tmp_path):
