@@ -19,9 +19,9 @@ def is_fitted(module: nn.Module) -> bool:
     """
     kind = type(module)
     if kind is nn.Conv2d:
-        return module.groups == 1 and module.padding_mode == "zeros"
+        return isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
     if _is_norm(module):
-        return module.weight is not None and module.bias is not None
+        return all(getattr(module, name) is not None for name in ("weight", "bias"))
     return kind in (nn.Linear, Conv1D)
 
 

@@ -101,7 +101,8 @@ def _fit_group(merged, experts, names, batches, left_out, weights) -> dict[str, 
                     )
     ridges: dict[str, float | None] = {}
     for name, fit in fits.items():
-        candidates = {None: fitted[name].start, **{ridge: fitted[name].solve(ridge) for ridge in RIDGES}}
+        candidates: dict[float | None, torch.Tensor] = {None: fitted[name].start}
+        candidates |= {ridge: fitted[name].solve(ridge) for ridge in RIDGES}
         losses = {ridge: judged[name].loss(solution) for ridge, solution in candidates.items()}
         ridges[name] = min(losses, key=lambda ridge: losses[ridge])
         fit.write(candidates[ridges[name]])
