@@ -155,7 +155,7 @@ def expert_lora(model: Any, t: int, base: str) -> ExpertLora:
         up, down = up[:, start : start + rank].cpu(), down[start : start + rank].cpu()
         energy = float(((up.double().T @ up.double()) * (down.double() @ down.double().T)).sum())
         found.energy += energy
-        rules = [(owner, delta_rule(owner, attribute, parameter)) for owner, attribute in holders]
+        rules: list[Any] = [(owner, delta_rule(owner, attribute, parameter)) for owner, attribute in holders]
         if all(rule in _PAIRS for _, rule in rules):
             for owner, rule in rules:
                 ranks[paths[id(owner)]] = rank
@@ -245,7 +245,6 @@ class ExportMixin:
 
     # Of the model that this is mixed into.
     config: Any
-    expert_names: list
     _expert_index: Any
     _weights_by_name: Any
     _checked_weights: Any
@@ -281,7 +280,7 @@ class ExportMixin:
         if len(chosen) != 1:
             raise ValueError(
                 f"{len(chosen)} experts have weight, and a plain model has one head: name it by `head` (one of "
-                f"{', '.join(self.expert_names)})"
+                f"{', '.join(self.config.expert_names)})"
             )
         return chosen[0]
 

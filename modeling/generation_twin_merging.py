@@ -50,7 +50,6 @@ class LanguageModelMixin:
     shared: Any
     config: Any
     mix: ExpertMix
-    expert_names: list
     _accepted: set
     _answer: Any
     _run: Any

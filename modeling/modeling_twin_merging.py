@@ -560,7 +560,8 @@ class TwinMergingPreTrainedModel(ExportMixin, LateMixin, PlansMixin, PushMixin):
 
     def _state_without_base(self) -> dict:
         """What an artifact stores whose shared model is the base by reference."""
-        source, options = getattr(self, "_shared_source", None), getattr(self, "_artifact_source", (None, {}))[1]
+        source = getattr(self, "_shared_source", None)
+        options: dict = getattr(self, "_artifact_source", (None, {}))[1]
         hub = {name: value for name, value in options.items() if name in HUB_OPTIONS}
         state = self._storage_state_dict()
         refuse_changed(state, base_state(self.config, source, hub))

@@ -265,7 +265,7 @@ def _heads(
 def _own_head(used: str, folder: Path, base: Checkpoint, wanted: list[str]) -> dict[str, tuple[Path, str]] | None:
     """Places of head tensors in a base that is a model of the same task itself; None: it is not, or lacks some."""
     own_config = load_config(base.path, base.role)
-    if (own_config.architectures or [None])[0] != base.task_class.__name__:
+    if base.task_class.__name__ not in (own_config.architectures or [])[:1]:
         return None
     own = open_checkpoint(used, folder, base.role)
     fits = all(name in own.places and own.shape(name) == base.skeleton.state_dict()[name].shape for name in wanted)

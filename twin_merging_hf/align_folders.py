@@ -147,7 +147,7 @@ def _write_zip(
 
 def _save(model: Any, source: Checkpoint, folder: Path) -> None:
     """Write a model in the type of the checkpoint that it comes from."""
-    model.to(stored_dtype(source)).save_pretrained(folder)
+    model.to(dtype=stored_dtype(source)).save_pretrained(folder)
 
 
 def _save_processor(inputs: Inputs, folder: Path) -> None:

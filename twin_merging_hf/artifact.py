@@ -240,7 +240,8 @@ def storage(folder: Path, config: TwinMergingConfig) -> Storage:
         parts[part if part in parts else "shared"] += size
     if config.shared_reference:
         skeleton = _skeleton(config)
-        tied, width = skeleton.all_tied_weights_keys, (config.dtype or torch.float32).itemsize
+        dtype: Any = config.dtype or torch.float32
+        tied, width = skeleton.all_tied_weights_keys, dtype.itemsize
         base = {name: tensor for name, tensor in skeleton.state_dict().items() if is_referenced(name, config)}
         parts["shared"] = sum(width * tensor.numel() for name, tensor in base.items() if name not in tied)
     return Storage(**parts)
