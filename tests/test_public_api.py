@@ -20,7 +20,10 @@ def test_public_names_are_these():
     assert twin_merging_hf.__all__ == [
         "TwinMergingConfig",
         "TwinMergingError",
+        "TwinMergingForCausalLM",
         "TwinMergingForImageClassification",
+        "TwinMergingForMaskedLM",
+        "TwinMergingForSeq2SeqLM",
         "TwinMergingForSequenceClassification",
         "TwinMergingForTokenClassification",
         "TwinMergingModel",

@@ -9,7 +9,10 @@ if not (_Path(__file__).parent / "modeling").is_dir():
 
 from twin_merging_hf.modeling import (
     TwinMergingConfig,
+    TwinMergingForCausalLM,
     TwinMergingForImageClassification,
+    TwinMergingForMaskedLM,
+    TwinMergingForSeq2SeqLM,
     TwinMergingForSequenceClassification,
     TwinMergingForTokenClassification,
     TwinMergingModel,
@@ -22,7 +25,10 @@ from .errors import TwinMergingError
 __all__ = [
     "TwinMergingConfig",
     "TwinMergingError",
+    "TwinMergingForCausalLM",
     "TwinMergingForImageClassification",
+    "TwinMergingForMaskedLM",
+    "TwinMergingForSeq2SeqLM",
     "TwinMergingForSequenceClassification",
     "TwinMergingForTokenClassification",
     "TwinMergingModel",
