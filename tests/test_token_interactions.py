@@ -54,5 +54,7 @@ def test_a_build_records_the_rows_of_taggers_by_their_words(world):
 
 def test_evaluate_refuses_taggers_and_says_what_it_scores(world, tmp_path):
     folder = world.artifact(KIND, tiny.TAGS, exclusive={"rank": 5, "dtype": "int4"})
-    with pytest.raises(TwinMergingError, match="evaluate scores classification and regression, not Bert"):
+    with pytest.raises(
+        TwinMergingError, match="evaluate scores classification of whole rows, regression and generation, not Bert"
+    ):
         evaluate_artifact(folder, {"a": world.experts(KIND, tiny.TAGS) / "a.jsonl"})

@@ -157,7 +157,7 @@ def test_a_build_is_whole_probed_and_says_what_it_is(world):
     assert [expert["problem_type"] for expert in report["experts"]] == ["token_classification"] * 3
     card = (folder / "README.md").read_text()
     assert 'pipeline("token-classification", model="PATH_OR_REPO_ID", aggregation_strategy="simple")' in card
-    assert "pipeline_tag: token-classification" in card and "| a | a | tags | O, B-PER, I-PER |" in card
+    assert "pipeline_tag: token-classification" in card and "| tags: O, B-PER, I-PER |" in card
 
 
 @pytest.mark.parametrize("labels", [tiny.TAGS, {"a": TAGS, "b": TAGS[::-1]}], ids=["union", "same"])

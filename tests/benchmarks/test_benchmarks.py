@@ -13,7 +13,6 @@ import torch
 import yaml
 from scipy.stats import pearsonr
 from torch.func import functional_call
-from transformers.utils import logging as transformers_logging
 
 from tests import tiny
 from twin_merging_hf.recipe import parse_recipe
@@ -23,16 +22,6 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TASKS: dict[str, list[str] | None] = {"a": ["x", "y"], "c": ["x", "y"], "v": None}
 
 ONLY = "experts,base,base-routed,published-oracle,published,ours,ours-top-1,swap,ceiling,multi-task,routers"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _settings_stay():
-    """The commands quieten Transformers for their own process, which here is everybody's."""
-    level, shown = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    yield
-    transformers_logging.set_verbosity(level)
-    if shown:
-        transformers_logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module", autouse=True)
