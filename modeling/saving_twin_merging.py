@@ -24,7 +24,7 @@ def staged_save(target: str):
     os.makedirs(target, exist_ok=True)
     for name in os.listdir(target):
         left = _STAGING.fullmatch(name)
-        if left and not _is_running(int(left.group(1))):
+        if left and not is_running(int(left.group(1))):
             shutil.rmtree(os.path.join(target, name), ignore_errors=True)
     staging = tempfile.mkdtemp(prefix=f".saving-{os.getpid()}-", dir=target)
     try:
@@ -46,7 +46,8 @@ def _move(staging: str, target: str) -> None:
         os.replace(os.path.join(staging, name), os.path.join(target, name))
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether a process with this number exists on this machine."""
     try:
         os.kill(pid, 0)
     except PermissionError:

@@ -22,6 +22,7 @@ from twin_merging_hf.modeling.deltas_twin_merging import delta_key
 from twin_merging_hf.modeling.heads_twin_merging import LabelSpace
 from twin_merging_hf.modeling.modeling_twin_merging import AUTO_MAP
 from twin_merging_hf.modeling.reference_twin_merging import is_referenced
+from twin_merging_hf.modeling.saving_twin_merging import is_running
 from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
 
 from .errors import TwinMergingError, is_file
@@ -116,7 +117,7 @@ def _remove_leftovers(out: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(out.name)}\.building-(\d+)")
     for path in out.parent.iterdir():
         match = pattern.fullmatch(path.name)
-        if match and not _is_running(int(match.group(1))):
+        if match and not is_running(int(match.group(1))):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -124,16 +125,6 @@ def refuse_existing(out: Path) -> None:
     """Raise `TwinMergingError` if `out` exists: an artifact is never written over something else."""
     if out.exists() or out.is_symlink():
         raise TwinMergingError(f"{out} exists already; choose another folder or remove it first")
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        return True
-    except (OverflowError, OSError):
-        return False
-    return True
 
 
 def write_json(path: Path, content: Any) -> None:
