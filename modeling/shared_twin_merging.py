@@ -47,12 +47,18 @@ def find_shared_class(name: str) -> tuple[type[PreTrainedModel], str]:
 _OTHER_INPUTS = ("pixel_values", "pixel_values_videos", "input_features", "input_values")
 
 
-def refuse_language_model(shared_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
+def refuse_unservable(shared_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
     """
-    Raise `ValueError`, with the reason, for language models whose rows cannot each have their own mixture: recurrent ones,
-    those that read more than text, and those that are made of several models.
+    Raise `ValueError`, with the reason, for models whose rows cannot each have their own mixture.
+
+    Language models that are recurrent, read more than text or are made of several models; classifiers that are
+    encoder-decoders, whose head reads the decoder's state at the last end-of-sequence token.
     """
     name, inputs = shared_class.__name__, inspect.signature(shared_class.forward).parameters
+    if find_shared_class(name)[1] not in LANGUAGE_MODELS:
+        if config.is_encoder_decoder:
+            raise ValueError(f"{name} reads its answer from a decoder that follows an encoder")
+        return
     others = [key for key in _OTHER_INPUTS if key in inputs]
     if others or shared_class.main_input_name != "input_ids":
         raise ValueError(f"{name} reads more than text ({', '.join(others) or shared_class.main_input_name})")
@@ -65,9 +71,8 @@ def refuse_language_model(shared_class: type[PreTrainedModel], config: PreTraine
 
 def build_shared(config: TwinMergingConfig) -> PreTrainedModel:
     """Make the shared task model with `ExpertHeads` in the place of its head modules."""
-    shared_class, auto_class = find_shared_class(config.shared_class)
-    if auto_class in LANGUAGE_MODELS:
-        refuse_language_model(shared_class, config.shared_config)
+    shared_class, _ = find_shared_class(config.shared_class)
+    refuse_unservable(shared_class, config.shared_config)
     shared = shared_class(copy.deepcopy(config.shared_config))
     heads: dict[str, list] = {name: [] for name in config.head_modules}
     device, dtype = torch.get_default_device(), torch.get_default_dtype()

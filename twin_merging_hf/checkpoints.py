@@ -18,7 +18,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from twin_merging_hf.modeling.limits_twin_merging import check_sizes
-from twin_merging_hf.modeling.shared_twin_merging import LANGUAGE_MODELS, find_shared_class, refuse_language_model
+from twin_merging_hf.modeling.shared_twin_merging import LANGUAGE_MODELS, find_shared_class, refuse_unservable
 
 from .adapters import ADAPTER_WEIGHTS, is_adapter
 from .batch_statistics import Statistics, batch_norms, restated
@@ -389,10 +389,8 @@ def _task_class(config: PreTrainedConfig, role: str) -> type[PreTrainedModel]:
 
 
 def _refuse(task_class: type[PreTrainedModel], config: PreTrainedConfig, role: str) -> None:
-    if find_shared_class(task_class.__name__)[1] not in LANGUAGE_MODELS:
-        return
     try:
-        refuse_language_model(task_class, config)
+        refuse_unservable(task_class, config)
     except ValueError as error:
         raise TwinMergingError(
             f"{role}: {error}; its rows cannot each have a mixture of their own. Not supported"

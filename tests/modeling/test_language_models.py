@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Text
 from tests import tiny
 from tests.modeling.language import GREEDY, NAMES, LanguageWorld, prompts, side_of
 from twin_merging_hf.modeling import TwinMergingModel
-from twin_merging_hf.modeling.shared_twin_merging import refuse_language_model
+from twin_merging_hf.modeling.shared_twin_merging import refuse_unservable
 
 
 GENERATORS = ["llama-lm", "gpt2-lm", "t5-lm", "bart-lm"]
@@ -288,7 +288,10 @@ REFUSED = {
     "XLNetLMHeadModel": "XLNetConfig",
     "EncoderDecoderModel": None,
     "Qwen2AudioForConditionalGeneration": "Qwen2AudioConfig",
+    "BartForSequenceClassification": "BartConfig",
+    "T5ForSequenceClassification": "T5Config",
 }
+REASONS = "keeps a recurrent state|reads more than text|is made of several|reads its answer from a decoder"
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -298,5 +301,5 @@ def test_what_has_no_mixture_per_row_is_refused_with_its_reason(name):
         config = transformers.EncoderDecoderConfig(encoder=part, decoder=part)
     else:
         config = getattr(transformers, REFUSED[name])()
-    with pytest.raises(ValueError, match=f"{name} (keeps a recurrent state|reads more than text|is made of several)"):
-        refuse_language_model(getattr(transformers, name), config)
+    with pytest.raises(ValueError, match=f"{name} ({REASONS})"):
+        refuse_unservable(getattr(transformers, name), config)
