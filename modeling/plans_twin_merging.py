@@ -76,6 +76,7 @@ class PlansMixin:
         self._plan_choice = PlanChoice()
         self._plan_here, self._generation = Scoped(), Scoped()
         self._known_sizes: Sizes | None = None
+        self._known_matrices: list | None = None
 
     def set_plan(self, plan: str = "auto", memory_budget: int | None = None, probe: bool = False) -> None:
         """
@@ -275,9 +276,11 @@ class PlansMixin:
         return None
 
     def _matrices(self) -> list:
-        """The stand-ins of all linear layers whose weights have deltas."""
-        stand_ins = (module.__dict__.get("forward") for module in self.shared.modules())
-        return [one for one in stand_ins if isinstance(one, MatrixForward)]
+        """The stand-ins of all linear layers whose weights have deltas, looked up once: every forward asks for them."""
+        if self._known_matrices is None:
+            stand_ins = (module.__dict__.get("forward") for module in self.shared.modules())
+            self._known_matrices = [one for one in stand_ins if isinstance(one, MatrixForward)]
+        return self._known_matrices
 
     def _weight(self) -> torch.Tensor:
         return next(self.shared.parameters())
