@@ -30,8 +30,11 @@ class DataFiles:
     """JSONL files of one expert. Only `train` (and `validation`) feed the router; `test` is never read by a build."""
 
     train: Path
+    """Rows that the router is trained on."""
     validation: Path | None = None
+    """Rows that are held out; None: a seeded fifth of `train`."""
     test: Path | None = None
+    """Rows that `evaluate` scores."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,11 @@ class ExpertSpec:
     """One fine-tuned checkpoint."""
 
     name: str
+    """Letters, digits, `_ . -`; unique ignoring case. Left out: the last part of `model`."""
     model: str
     """Folder, or Hub id with an optional `@revision`: a full checkpoint or a PEFT LoRA adapter."""
     data: DataFiles | None = None
+    """A JSONL file of rows, or a mapping of the files below; None: the expert brings no rows."""
     labels: tuple[str, ...] | None = None
     """New label names, in id order."""
     weight: float = 1.0
@@ -57,6 +62,7 @@ class Exclusive:
     method: str = "svd"
     """`svd`, or for ablations `magnitude` (the largest entries) or `bernoulli` (random entries, rescaled)."""
     rank: int | None = 16
+    """Rank of the factors of each matrix, at most min(m, n)."""
     ratio: float | None = None
     """Instead of `rank`: rank as a share of min(m, n) of each matrix, at least 1; of sparse methods, share of entries."""
     dtype: str = "float32"
@@ -89,12 +95,15 @@ class RouterSettings:
     middle one (`auto`: chosen). In a `late` pass experts act from the last of them on; it has no default.
     """
     router_pass: str = "prefix"
+    """How far the shared model runs before the answer: up to `layer`, whole, or on the way of the answer itself."""
     temperature: float | None = None
     """None: fitted on held-out rows (1.0 for `projection`)."""
     top_k: int | None = None
+    """Keep only so many of the largest weights of a row; None: all (`projection`: 1)."""
     epochs: int = 10
     """Of the `mlp` router; the `linear` one is solved to convergence."""
     lr: float = 5e-4
+    """Learning rate of the `mlp` router."""
     none: float | None = None
     """The `none` route: the share of the experts' own held-out rows that may be taken for strange; None: no such route."""
     rank: int | None = None
@@ -120,6 +129,7 @@ class AlignmentSettings:
     calibration: int | Path = 512
     """How many of the experts' training rows activations are read on, or a JSONL file of rows (labels do not matter)."""
     max_sweeps: int = 20
+    """At most so many visits of all blocks of units; it stops after five without improvement."""
     seed: int | None = None
     """None: the recipe's."""
 
@@ -129,26 +139,39 @@ class Recipe:
     """A whole build."""
 
     experts: tuple[ExpertSpec, ...]
+    """The fine-tuned checkpoints, at least one."""
     base_model: str | None = None
+    """Folder, or Hub id with an optional `@revision`, of the model that the experts were fine-tuned from."""
     shared_model: str | None = None
+    """Instead of a merge: a ready checkpoint, or `base`, the base itself."""
     shared_by_reference: bool = False
     """With `shared_model: base`: the artifact names the base and holds no copy of it."""
     merge_method: str = "linear"
+    """How the shared model is merged from the experts."""
     scaling: float | None = None
-    """`parameters.lambda`; None: the merge method's default (`merging.DEFAULTS`), as for the next two."""
+    """Coefficient of the task vectors; None: the merge method's default (`merging.DEFAULTS`), as for the next two."""
     density: float | None = None
-    """`parameters.density`: the share of each task vector's entries that `ties` and `dare_*` keep."""
+    """Share of each task vector's entries that `ties` and `dare_*` keep."""
     normalize: bool | None = None
-    """`parameters.normalize`: divide by the experts' weights."""
+    """Divide by the experts' weights."""
     exclusive: Exclusive = field(default_factory=Exclusive)
+    """How the deltas are compressed."""
     router: RouterSettings = field(default_factory=RouterSettings)
+    """How rows find their expert; a name alone is its type."""
     alignment: AlignmentSettings | None = None
+    """For experts of different initialisation; None (`none`): nothing is moved. A name alone is its method."""
     include: tuple[str, ...] = ()
+    """Regular expressions that match tensor names in full: only these backbone tensors get deltas."""
     exclude: tuple[str, ...] = ()
+    """Regular expressions that match tensor names in full: these stay the shared model's alone."""
     dtype: str = "float32"
+    """In which merging computes."""
     out_dtype: str | None = None
+    """Of the artifact; None: the experts'."""
     seed: int = 0
+    """Of splits, routers and randomised SVD."""
     trust_remote_code: bool = False
+    """For tokenizers that come with code; model classes are always Transformers' own."""
     folder: Path = Path(".")
     """Relative paths are relative to this folder (the recipe file's)."""
     text: str = ""
