@@ -16,7 +16,8 @@ FORMAT_VERSION = 1
 ROUTER_TYPES = ("linear", "mlp", "centroid", "lexical", "knn", "projection")
 ROUTER_PASSES = ("prefix", "full", "late")
 EXPERT_NAME = re.compile(r"[A-Za-z0-9_.-]+")
-RESERVED_EXPERT_NAMES = ("all", "none", "__shared__", "__base__")
+# `base` and `shared` stand beside the experts in `provenance.sources`.
+RESERVED_EXPERT_NAMES = ("all", "none", "base", "shared", "__shared__", "__base__")
 FACTOR_DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
 LANGUAGE = "language_modeling"
 """`problem_type` of an expert that writes tokens; it has no labels."""

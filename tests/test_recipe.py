@@ -227,7 +227,9 @@ BAD = {
     "name a number": (one(name=3), ["3", "letters"]),
     "name null": (one(name=None), ["None", "letters"]),
     "name not ASCII": (one(name="é"), ["'é'", "letters"]),
-    **{f"name {n}": (one(name=n), [n, "reserved"]) for n in ("all", "None", "__SHARED__", "__base__")},
+    **{
+        f"name {n}": (one(name=n), [n, "reserved"]) for n in ("all", "None", "Base", "shared", "__SHARED__", "__base__")
+    },
     "names twice": (
         {"experts": [{"name": "a", "model": "x"}, {"name": "a", "model": "y"}]},
         ["'a'", "ignoring case"],
