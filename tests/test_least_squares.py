@@ -138,6 +138,25 @@ def test_padding_has_no_part_in_the_fit():
 
 
 @torch.no_grad()
+def test_empty_batches_change_nothing_and_an_expert_without_rows_is_refused():
+    merged, experts, inputs, left_out = pair("bert")
+    again = copy.deepcopy(merged)
+    fit_layers(merged, experts, inputs, left_out)
+    empty = {key: value[:0] for key, value in inputs[0][0].items()}
+    padding = {**inputs[0][0], "attention_mask": torch.zeros_like(inputs[0][0]["attention_mask"])}
+    fit_layers(again, experts, [[empty, *own] for own in inputs], [[empty, *own] for own in left_out])
+    for name, value in merged.state_dict().items():
+        torch.testing.assert_close(value, again.state_dict()[name])
+    fit_layers(again, experts, [[*own, padding] for own in inputs], left_out)
+    assert all(torch.isfinite(value).all() for value in again.state_dict().values())
+    for batches, held_out, name in (
+        ([inputs[0], [empty]], left_out, "batches"),
+        (inputs, [left_out[0], []], "left_out"),
+    ):
+        with pytest.raises(ValueError, match=f"`{name}` holds no rows for expert"):
+            fit_layers(merged, experts, batches, held_out)
+
+
 def test_experts_that_agree_stay_what_they_are():
     _, (expert, _), inputs, left_out = pair("resnet")
     merged = copy.deepcopy(expert)

@@ -60,7 +60,11 @@ def fit_layers(
         left_out: the same, to choose each layer's ridge on; nothing is fitted to them.
         weights: a_t; default: all equal.
         tick: called with the name of each module that is fitted.
+
+    Raises:
+        ValueError: an expert has no rows to fit to, or to choose on.
     """
+    batches, left_out = _without_empty(batches, "batches"), _without_empty(left_out, "left_out")
     weights = [1.0] * len(experts) if weights is None else weights
     models = [merged, *experts]
     modes = [model.training for model in models]
@@ -95,6 +99,8 @@ def _fit_group(merged, experts, names, batches, left_out, weights) -> dict[str, 
                 keep = _valid(state, batch)
                 for name, fit in fits.items():
                     x, y = fit.samples(state[keep]), targets[name].samples(theirs[keep])
+                    if not len(x):
+                        continue  # a batch of nothing but padding says nothing
                     chosen = _chosen(len(x), number)
                     equations[name].add(
                         x[chosen], targets[name].outputs(y[chosen]), weight / rows * len(x) / len(chosen)
@@ -189,6 +195,15 @@ def _rows(batch: Mapping[str, torch.Tensor]) -> int:
     return len(next(iter(batch.values())))
 
 
+def _without_empty(part: Sequence[Batches], argument: str) -> list[Batches]:
+    """The batches that have rows; ValueError if an expert has none."""
+    full: list[Batches] = [[batch for batch in own if _rows(batch)] for own in part]
+    for t, own in enumerate(full):
+        if not own:
+            raise ValueError(f"`{argument}` holds no rows for expert {t}; give at least one")
+    return full
+
+
 def _valid(state: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> Any:
     """What counts of a state [row, token, ...]: no padding; of other states, all."""
     mask = batch.get("attention_mask")
@@ -200,5 +215,5 @@ def _valid(state: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> Any:
 def _chosen(count: int, number: int) -> Any:
     """At most so many samples of a batch, evenly drawn; the same in every model."""
     if count <= _MOST_SAMPLES:
-        return slice(None) if count == 0 else torch.arange(count)
+        return torch.arange(count)
     return torch.randperm(count, generator=torch.Generator().manual_seed(number))[:_MOST_SAMPLES]
