@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from alignment_data import load_source
-from alignment_merges import DUAL, SHARES, aligned, average, calibration, fitted, scores
+from alignment_merges import DUAL, SHARES, aligned, average, calibration, fitted, scores, zipped
 from alignment_models import FAMILIES, register_perceptron
 from alignment_summary import write_summary
 from alignment_training import PAIRINGS, pair
@@ -77,11 +77,15 @@ def cells(family: str, pairing: str, seed: int, source: Any, work: Path) -> list
             fit, report = fitted(merge, moved, tasks)
             note("least_squares", fit.models, share, start)
             print(f"  loss of the last state: aligned {report.mean_loss:.3f}, fitted {report.loss:.3f}", flush=True)
+        start = time.process_time()
+        zip_merge = zipped(experts, batches, share, seed, same)
+        if zip_merge is not None:
+            note(_mode(share, "zip"), zip_merge.models, share, start)
     return rows
 
 
-def _mode(share: float) -> str:
-    return {0.0: "align, activations", 1.0: "align, weights"}.get(share, "align, dual")
+def _mode(share: float, mode: str = "align") -> str:
+    return f"{mode}, " + {0.0: "activations", 1.0: "weights"}.get(share, "dual")
 
 
 def _row(family, pairing, seed, mode, share, found, seconds) -> dict:

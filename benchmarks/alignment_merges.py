@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from alignment_data import Task
 
-from twin_merging_hf.alignment import align, has_batch_norm, reestimate_batch_norm
+from twin_merging_hf.alignment import align, has_batch_norm, merge_models, reestimate_batch_norm
+from twin_merging_hf.errors import TwinMergingError
 from twin_merging_hf.least_squares import fit_layers
 
 
@@ -70,6 +71,27 @@ def average(experts: list[Any], batches: list[dict], same_task: bool, share: flo
     if has_batch_norm(merged):
         reestimate_batch_norm(merged, batches)
     return _with_heads(merged, experts, same_task)
+
+
+@torch.no_grad()
+def zipped(experts: list[Any], batches: list[dict], weight_share: float, seed: int, same_task: bool) -> Merge | None:
+    """Units of both experts merged, within one and across, where that is exact; None for a family without such units."""
+    models = [copy.deepcopy(expert) for expert in experts]
+    for model in models:
+        if has_batch_norm(model):
+            reestimate_batch_norm(model, batches)
+    heads = "average" if same_task else "keep"
+    try:
+        merge = merge_models(models, batches, mode="zip", weight_share=weight_share, heads=heads, seed=seed)
+    except TwinMergingError as error:
+        print(f"  no zip: {error}", flush=True)
+        return None
+    merged = models[0]
+    merge.apply(merged, batches)
+    found = _with_heads(merged, experts, same_task)
+    for model, head in zip(found.models, merge.heads, strict=True):
+        model.load_state_dict(head, strict=False)
+    return found
 
 
 @torch.no_grad()

@@ -88,9 +88,11 @@ def draw(summary: list[dict], file: Path) -> None:
     figure, axes = plt.subplots(lines, columns, figsize=(3.4 * columns, 2.8 * lines), squeeze=False)
     for axis, panel in zip(axes.flat, panels, strict=False):
         own = [row for row in summary if (row["family"], row["pairing"]) == panel]
-        curve = sorted((float(row["weight_share"]), _score(row)) for row in own if row["mode"].startswith("align"))
-        axis.plot(*zip(*curve, strict=True), "o-", label="align")
-        for mode, style in (("experts", "k:"), ("average", "r--"), ("least_squares", "g-."), ("zip", "m-")):
+        for mode, style in (("align", "o-"), ("zip", "m^-")):
+            curve = sorted((float(row["weight_share"]), _score(row)) for row in own if row["mode"].startswith(mode))
+            if curve:
+                axis.plot(*zip(*curve, strict=True), style, label=mode)
+        for mode, style in (("experts", "k:"), ("average", "r--"), ("least_squares", "g-.")):
             for row in (row for row in own if row["mode"] == mode):
                 axis.plot([0, 1], [_score(row)] * 2, style, label=mode)
         axis.set(title=" ".join(panel), xlabel="weight share", ylabel="accuracy in %", ylim=(0, 101))
