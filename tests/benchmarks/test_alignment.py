@@ -62,6 +62,41 @@ def test_a_merge_of_one_expert_with_itself_scores_as_that_expert():
     assert report.loss < 1e-6 and merges.scores(fit.models, tasks)["joint"] == merges.scores(experts, tasks)["joint"]
 
 
+@pytest.mark.parametrize("family", ["mlp", "resnet-bn"])
+def test_a_zip_of_an_expert_with_itself_is_that_expert(family):
+    models.register_perceptron()
+    tasks = [data.make_task(source(1200), name) for name in ("low", "high")]
+    experts = [models.new_model(family, task.names, 7).eval() for task in tasks]
+    prefix = f"{experts[0].base_model_prefix}."
+    own = {k: v for k, v in experts[0].state_dict().items() if k.startswith(prefix)}
+    experts[1].load_state_dict(own, strict=False)
+    batches = merges.calibration(tasks)
+    merge = merges.zipped(experts, batches, 1.0, 0, same_task=False)
+    plain = merges.average(experts, batches, same_task=False)  # statistics estimated anew, as those of the zip
+    with torch.no_grad():
+        for zipped, expert in zip(merge.models, plain.models, strict=True):
+            inputs = tasks[0].test
+            torch.testing.assert_close(zipped(**inputs).logits, expert(**inputs).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_families_without_units_to_zip_have_no_zip(capsys):
+    tasks = [data.make_task(source(1200), name) for name in ("low", "high")]
+    experts = [models.new_model("resnet-gn", task.names, seed).eval() for seed, task in enumerate(tasks)]
+    assert merges.zipped(experts, merges.calibration(tasks), 0.5, 0, same_task=False) is None
+    assert "no site of this architecture can be zipped" in capsys.readouterr().out
+
+
+def test_corners_of_the_landscape_lie_where_the_grid_says():
+    landscape = importlib.import_module("alignment_landscape")
+    grid = [
+        {"toward_activations": a / 4, "toward_weights": b / 4, "x": 3 * a / 4 + b / 4, "y": 2 * b / 4}
+        for a in range(-2, 7)
+        for b in range(-2, 7)
+    ]
+    assert landscape.corner_place(grid, (1.0, 0.0)) == pytest.approx((3, 0))
+    assert landscape.corner_place(grid, (0.0, 1.0)) == pytest.approx((1, 2))
+
+
 def test_the_joint_score_takes_the_largest_logit_of_both_heads():
     tasks = [data.make_task(source(), name) for name in ("low", "high")]
     experts = [models.new_model("mlp", task.names, seed).eval() for seed, task in enumerate(tasks)]
