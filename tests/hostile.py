@@ -24,8 +24,9 @@ from typing import Any
 import transformers
 from transformers.utils import logging as transformers_logging
 
-from tests import tiny
+from tests import adapters, tiny
 from twin_merging_hf import TwinMergingError
+from twin_merging_hf.adapted import open_expert
 from twin_merging_hf.artifact import check_artifact
 from twin_merging_hf.builder import Progress, build_artifact
 from twin_merging_hf.checkpoints import open_checkpoint
@@ -263,6 +264,11 @@ def _open(folder: Path) -> Any:
     return open_checkpoint("a", folder, "expert 'a'")
 
 
+def _open_lora(folder: Path) -> Any:
+    expert = open_expert("lora", folder, "expert 'lora'", "base")
+    return [expert.tensor(name) for name in expert.backbone]
+
+
 def _yaml(content: bytes, rng: random.Random) -> bytes:
     return mutate_text(content, rng, YAML_SNIPPETS)
 
@@ -281,6 +287,8 @@ TARGETS = {
     "report": Target("artifact/report.json", _json, _check("artifact"), 0.01),
     "expert config": Target(f"a/{_CONFIG}", _json, _open, 0.02),
     "expert tensors": Target(f"a/{_WEIGHTS}", mutate_safetensors, _open, 0.02),
+    "LoRA config": Target("lora/adapter_config.json", _json, _open_lora, 0.03),
+    "LoRA tensors": Target("lora/adapter_model.safetensors", mutate_safetensors, _open_lora, 0.03),
     "load, config": Target(f"artifact/{_CONFIG}", _json, lambda f: _load(f / "artifact"), 0.015, any_error=True),
     "load, tensors": Target(
         f"artifact/{_WEIGHTS}", mutate_safetensors, lambda f: _load(f / "artifact"), 0.015, any_error=True
@@ -291,6 +299,8 @@ TARGETS = {
 def make_inputs(folder: Path) -> Path:
     """Sound inputs of every target, in one folder."""
     tiny.make_experts("bert", folder, {"a": ["x", "y"], "b": ["p", "q"]}, **_FIELDS)
+    base, head = (tiny.new_model("bert", ["x", "y"], seed, **_FIELDS) for seed in (0, 1))
+    adapters.write_adapter(folder / "lora", folder / "base", base, head, adapters.TARGETS["bert"], 2)
     recipe = tiny.write_recipe(folder, ("a", "b"), exclusive={"rank": 2}, include=[".*"], seed=1, parameters={})
     built = build_artifact(recipe, folder / "artifact", Progress(quiet=True)).folder
     _load(built).save_pretrained(folder / "shards", max_shard_size="8KB")
