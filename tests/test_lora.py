@@ -255,6 +255,12 @@ FIELDS = {
     "trainable_token_indices": ({"trainable_token_indices": [3]}, "merge_and_unload"),
     "`r`": ({"r": "many"}, "number"),
     "rank": ({"r": 7}, "do not belong together"),
+    "`lora_alpha`": ({"lora_alpha": float("nan")}, "number"),
+    "`rank_pattern`": ({"rank_pattern": {"(": 2}}, "regular expression"),
+    "`alpha_pattern`": ({"alpha_pattern": {"query": None}}, "number"),
+    "`base_model_name_or_path`": ({"base_model_name_or_path": ["base"]}, "text"),
+    "`task_type`": ({"task_type": {}}, "text"),
+    "`auto_mapping`": ({"auto_mapping": ["BertModel"]}, "mapping"),
     "QUESTION_ANS": ({"task_type": "QUESTION_ANS"}, "SEQ_CLS"),
 }
 

@@ -1,6 +1,7 @@
 """LoRA experts: a base checkpoint and an adapter folder, seen together as one checkpoint of a task model."""
 
 import copy
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,8 @@ def adapter_base(source: str, folder: Path, role: str) -> str | None:
 
 def as_source(name: str) -> str:
     """A base as an adapter names it: PEFT means folders relative to the working directory, a recipe to its own folder."""
-    return str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else name
+    local = os.path.expanduser(name)  # `Path` raises for names that no file can have
+    return str(Path(local).resolve()) if os.path.isdir(local) else name
 
 
 def open_expert(

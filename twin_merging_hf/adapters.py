@@ -5,6 +5,7 @@ PEFT adapter folders: what LoRA experts are read from, and which adapters are no
 """
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,9 @@ _REFUSED_FIELDS: dict[str, tuple[str, str]] = {
 }
 # Ways to start a LoRA that change the base's weights: the adapter then belongs to other weights than the base's own.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Fields that must hold text; null is another way to leave one out.
+_TEXT_FIELDS = ("base_model_name_or_path", "revision", "task_type", "bias")
+_MAX_RANK = _MAX_ALPHA = 2**20
 _HALF = re.compile(r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<half>[AB])(\.default)?(\.weight)?")
 _ROOT = "base_model.model."
 
@@ -77,7 +81,7 @@ class Adapter:
         name, revision = self.config.get("base_model_name_or_path"), self.config.get("revision")
         if not isinstance(name, str) or not name:
             return None
-        return f"{name}@{revision}" if revision and not Path(name).is_dir() else name
+        return f"{name}@{revision}" if revision and not os.path.isdir(name) else name
 
     @property
     def file(self) -> Path:
@@ -135,10 +139,13 @@ def _refusals(config: dict) -> list[str]:
     kind = config.get("peft_type")
     if kind != "LORA":
         return [f"it is {kind}, only LORA has deltas of low rank that are a product of two matrices; {_MERGE}"]
+    problems = _malformed(config)
+    if problems:
+        return problems
     problems = [
         f"it has {what} (`{name}`); {remedy}" for name, (what, remedy) in _REFUSED_FIELDS.items() if config.get(name)
     ]
-    if config.get("bias", "none") != "none":
+    if (config.get("bias") or "none") != "none":
         problems.append(f"it trained the base's biases (`bias: {config['bias']}`), which are no LoRA; {_MERGE}")
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
@@ -146,13 +153,51 @@ def _refusals(config: dict) -> list[str]:
             f"`init_lora_weights: {start}` changed the base's weights before training; save it with "
             "`path_initial_model_for_weight_conversion` (see PEFT's guide), which makes it an ordinary LoRA"
         )
-    for name in ("r", "lora_alpha"):
-        if not isinstance(config.get(name), (int, float)) or isinstance(config.get(name), bool):
-            problems.append(f"`{name}` must be a number, got {config.get(name)!r}")
-    for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(name) or {}, dict):
-            problems.append(f"`{name}` must be a mapping, got {config.get(name)!r}")
     return problems
+
+
+def _malformed(config: dict) -> list[str]:
+    """The fields that hold what PEFT never writes there, of those that are read here."""
+    problems = [
+        f"`{name}` must be text, got {_short(config[name])}"
+        for name in _TEXT_FIELDS
+        if not isinstance(config.get(name), str | None)
+    ]
+    for name, where, kind, check in (
+        ("r", "rank_pattern", f"a whole number from 1 to {_MAX_RANK}", _is_rank),
+        ("lora_alpha", "alpha_pattern", f"a number of at most {_MAX_ALPHA}", _is_number),
+    ):
+        if not check(config.get(name)):
+            problems.append(f"`{name}` must be {kind}, got {_short(config.get(name))}")
+        patterns = {} if config.get(where) is None else config[where]
+        if not isinstance(patterns, dict):
+            problems.append(f"`{where}` must be a mapping, got {_short(patterns)}")
+            continue
+        for pattern, value in patterns.items():
+            if not check(value):
+                problems.append(f"`{where}`, {_short(pattern)}: must be {kind}, got {_short(value)}")
+            try:
+                re.compile(pattern)
+            except (re.error, OverflowError, RecursionError) as error:
+                problems.append(f"`{where}`: {_short(pattern)} is not a regular expression: {error}")
+    mapping = config.get("auto_mapping") or {}
+    if not isinstance(mapping, dict) or not isinstance(mapping.get("base_model_class"), str | None):
+        problems.append(f"`auto_mapping` must be a mapping that names a class, got {_short(mapping)}")
+    return problems
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_ALPHA
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MAX_RANK
+
+
+def _short(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _read_shapes(path: Path, role: str) -> dict[str, tuple[int, ...]]:
