@@ -59,6 +59,9 @@ NOT_RUN = {
     "docs/hub.md bash 2": "its rows are the reader's; tests/test_evaluate.py runs the command",
     "docs/lora.md python 1": "its base is a Hub model that has moved; tests/test_lora.py moves one",
     "docs/lora.md yaml 2": "part of a recipe; its base is the reader's",
+    "docs/serving.md bash 1": "needs vLLM; tests/serving/ runs the command with a stand-in",
+    "docs/serving.md bash 2": "needs a running front; tests/serving/ asks one",
+    "docs/serving.md bash 3": "needs running engines; tests/serving/test_front.py has two",
     "docs/security.md bash 1": "10,000 inputs take minutes; tests/test_hostile.py runs fewer",
 }
 RECIPES = [name for name in SNIPPETS if " yaml " in name and name not in NOT_RUN]

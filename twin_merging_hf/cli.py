@@ -512,6 +512,35 @@ def export(
 
 
 @app.command()
+def serve(
+    source: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of an artifact, or of its vllm export.")],
+    engine_options: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- OPTION]...", help="Options of vLLM, after `--`.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    upstream: Annotated[
+        list[str] | None, typer.Option(help="A running engine, http://HOST:PORT (repeat); none is started then.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="vLLM's program; it may be of another environment.")] = "vllm",
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Larger requests get 413.")] = 1 << 20,
+    max_requests: Annotated[int, typer.Option(min=1, help="Of more at once, the rest gets 429.")] = 256,
+    read_seconds: Annotated[float, typer.Option(min=0.1, help="Longest time for a request to come in.")] = 10.0,
+    request_seconds: Annotated[float, typer.Option(min=1, help="Longest time for an answer.")] = 600.0,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="After a signal, for requests at work.")] = 60.0,
+) -> None:
+    """Serve a generative artifact: an OpenAI-compatible front that routes each request to an adapter of a vLLM engine."""
+    from . import serving
+
+    with _errors():
+        limits = serving.Limits(max_body_bytes, read_seconds, max_requests, request_seconds)
+        serving.serve(
+            source, host, port, upstream or (), engine, engine_options or (), limits, drain_seconds,
+            lambda line: typer.echo(line, err=True),
+        )  # fmt: skip
+
+
+@app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(help="Folder for everything the demo makes; must not exist.")] = Path(
         "twin-merging-demo"

@@ -26,7 +26,12 @@ def is_file(path: Path) -> bool:
         return False
 
 
-_PIP_NAMES = {"sklearn": "scikit-learn", "PIL": "pillow", "rouge_score": "rouge-score"}
+_PIP_NAMES = {
+    "sklearn": "scikit-learn",
+    "PIL": "pillow",
+    "rouge_score": "rouge-score",
+    "prometheus_client": "prometheus-client",
+}
 
 
 def require_extra(module: str, extra: str) -> ModuleType:

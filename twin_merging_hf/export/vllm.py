@@ -66,7 +66,10 @@ def export_vllm(
         content = {"format": "vllm", "base": base, "max_lora_rank": rank, "experts": experts, "notes": []}
         write_json(folder / EXPORT_FILE, content)
     modules = " ".join(f"{name}={out / name}" for name in source.model.expert_names)
-    how = f"vllm serve {out / BASE_FOLDER} --enable-lora --max-lora-rank {rank} --lora-modules {modules}"
+    how = (
+        f"vllm serve {out / BASE_FOLDER} --served-model-name {BASE_FOLDER} --enable-lora --max-lora-rank {rank} "
+        f"--lora-modules {modules}\nor: twin-merging serve {out}"
+    )
     return Export(out, "vllm", content, how)
 
 
