@@ -12,7 +12,9 @@ from tests import tiny
 from twin_merging_hf import TwinMergingError
 from twin_merging_hf.builder import Progress, build_artifact
 from twin_merging_hf.least_squares import ChannelEquations, NormalEquations, fit_layers, is_fitted, new_fit
+from twin_merging_hf.preflight import preflight
 from twin_merging_hf.recipe import load_recipe
+from twin_merging_hf.shared_merge import merge_tensor
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -191,6 +193,16 @@ def test_a_build_with_a_fitted_shared_model_answers_as_the_experts(tmp_path):
     for t, name in enumerate(("a", "b")):
         own = Auto.from_pretrained(folder / name).eval()(**inputs).logits
         torch.testing.assert_close(output[t::2][:, model.label_space.columns(t)], own[t::2], atol=1e-4, rtol=0)
+
+
+def test_the_fit_says_which_module_it_is_at(tmp_path):
+    folder = tiny.make_experts("bert", tmp_path, {"a": ["x", "y"], "b": ["z", "w"]})
+    recipe = tiny.write_recipe(folder, ("a", "b"), merge_method="least_squares", base_model=None)
+    inputs, seen = preflight(load_recipe(recipe)), []
+    inputs.on_fit = seen.append
+    name = next(iter(inputs.experts[0].backbone))
+    merge_tensor(inputs, name)
+    assert any(module.endswith("query") for module in seen) and len(seen) == len(set(seen)) > 5
 
 
 def test_without_rows_it_is_refused(tmp_path):

@@ -104,6 +104,7 @@ def build_artifact(recipe: Recipe | str | Path, out: str | Path, progress: Progr
 
 def _build_into(folder: Path, inputs: Inputs, progress: Progress) -> tuple[dict, Verdict]:
     names = progress.counter("merging and compressing", len(inputs.experts[0].backbone))
+    inputs.on_fit = lambda name: names.set_postfix_str(f"fitting {name}")
     separation = separate(inputs, tick=lambda name: names.update())
     names.close()
     model, router = make_router(lambda fields: _assemble(separation, inputs, fields), separation, inputs, progress)

@@ -53,7 +53,7 @@ def _fit(inputs: Inputs, weights: tuple[float, ...], mean: Callable[[str], Any])
     for name in names:
         if state[name].is_floating_point():
             state[name].copy_(mean(name))
-    report = fit_layers(merged, experts, fitted, left_out, weights)
+    report = fit_layers(merged, experts, fitted, left_out, weights, inputs.on_fit)
     inputs.notes.append(
         f"least_squares: squared error of the last state on rows left out of the fit {report.loss:.3f}, of the experts' mean "
         f"{report.mean_loss:.3f}" + (": the mean is kept" if report.kept_mean else "")
