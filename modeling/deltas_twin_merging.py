@@ -246,6 +246,29 @@ def attach_deltas(
     return deltas
 
 
+def stand_ins(model: nn.Module) -> dict:
+    """What `attach_deltas` put in the place of linear layers' forwards, by the layer's path."""
+    found = {path: module.__dict__.get("forward") for path, module in model.named_modules()}
+    return {path: forward for path, forward in found.items() if isinstance(forward, MatrixForward)}
+
+
+def follow_replacements(model: nn.Module, attached: dict) -> None:
+    """
+    Attach the `stand_ins` again where a quantiser has put a module of its own in a linear layer's place.
+
+    A wrapper that was put around the new module's forward since then (accelerate's, for offloading) stays around it.
+    """
+    for path, stand_in in attached.items():
+        module: Any = model.get_submodule(path)
+        if module is stand_in.module:
+            continue
+        stand_in.take(module)
+        if "_old_forward" in module.__dict__:
+            module._old_forward = stand_in
+        else:
+            module.forward = stand_in
+
+
 _FORWARDS = {
     "linear": MatrixForward, "conv1d": MatrixForward, "layer_norm": NormForward, "rms_norm": NormForward,
     "channel_norm": ChannelNormForward, "standardised_conv2d": StandardisedForward,

@@ -25,7 +25,7 @@ from .channels_twin_merging import refuse_batch_statistics
 from .classification_twin_merging import ClassificationMixin, TwinMergingClassifierOutput
 from .configuration_twin_merging import LANGUAGE, TwinMergingConfig
 from .costs_twin_merging import Costs  # noqa: F401 - likewise
-from .deltas_twin_merging import attach_deltas
+from .deltas_twin_merging import attach_deltas, follow_replacements, stand_ins
 from .export_twin_merging import ExportMixin
 from .factors_twin_merging import INTEGER_BITS, ExactDelta, FactoredDelta
 from .generation_twin_merging import (
@@ -154,6 +154,7 @@ class TwinMergingPreTrainedModel(ExportMixin, LateMixin, PlansMixin, PushMixin):
             storage=config.factor_dtype,
             sparse=config.sparse_deltas,
         )
+        self._stand_ins = stand_ins(self.shared)
         self.router = new_router(config)
         check_fits(sum(parameter.numel() for parameter in self.parameters()))
         self._reader = self._hook_routing_states()
@@ -500,6 +501,7 @@ class TwinMergingPreTrainedModel(ExportMixin, LateMixin, PlansMixin, PushMixin):
         finally:
             STORED.reset(before)
         model, info = loaded
+        follow_replacements(model.shared, model._stand_ins)
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             keys = sorted(str(key) for key in info.get(kind) or ())
             if keys:

@@ -1,5 +1,6 @@
 """Plans: in which order the exact mixture of a batch is computed. Each gives the same answers; they differ in cost."""
 
+import math
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -296,7 +297,7 @@ def _sizes_of(shared: nn.Module, matrices: list, experts: int) -> Sizes:
     thin, full, owned = [0] * experts, [0] * experts, [0]
     sides, sparse = 0, False
     for stand_in in matrices:
-        m, n = stand_in.module.weight.shape
+        m, n = _shape(stand_in.module)
         owned.append(m * n)
         sides += m + n
         sparse = sparse or isinstance(stand_in.weight, SparseDelta)
@@ -304,9 +305,17 @@ def _sizes_of(shared: nn.Module, matrices: list, experts: int) -> Sizes:
             thin[t] += rank * (m + n)
             full[t] += rank * m * n
     modules = [m for m in shared.modules() if isinstance(m, (nn.Linear, nn.Conv1d, Conv1D))]
-    base = sum(module.weight.numel() for module in modules)
+    base = sum(math.prod(_shape(module)) for module in modules)
     entry = next(shared.parameters()).element_size()
     return Sizes(len(matrices), base, sum(owned), tuple(thin), tuple(full), max(owned), entry, sides, sparse)
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    """Of a weight; a quantised one is packed in a way of its own."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    weight: Any = module.weight
+    return tuple(weight.shape)
 
 
 def _has_fixed_shapes(weights: torch.Tensor) -> bool:

@@ -127,8 +127,8 @@ def test_serve_with_vllm_loses_nothing_recovers_and_drains(folder, monkeypatch):
     with served(str(folder / "export"), "--engine", str(BIN / "vllm"), *options) as (process, url, lines):
         until(lambda: is_ready(url), 400)
 
-        def ask(prompt: str) -> httpx.Response:
-            body = {"prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0}
+        def ask(prompt: str, tokens: int = NEW_TOKENS) -> httpx.Response:
+            body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0}
             return httpx.post(f"{url}/v1/completions", json=body, timeout=600)
 
         with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
@@ -160,7 +160,7 @@ def test_serve_with_vllm_loses_nothing_recovers_and_drains(folder, monkeypatch):
         print(f"engine killed under load: {codes}; the front stayed and the engine is back")
 
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            pending = [pool.submit(ask, prompt) for prompt in prompts[:4]]
+            pending = [pool.submit(ask, prompt, 150) for prompt in prompts[:4]]
             until(lambda: httpx.get(f"{url}/health").json()["upstreams"][0]["in_flight"] == 4)
             process.send_signal(signal.SIGTERM)
             assert [each.result().status_code for each in pending] == [200] * 4
