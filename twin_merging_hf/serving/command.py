@@ -39,7 +39,7 @@ def serve(
     Raises:
         TwinMergingError: no artifact that vLLM can serve, no engine, starlette, uvicorn or prometheus-client not installed.
     """
-    for module in ("starlette", "uvicorn", "prometheus_client"):
+    for module in ("starlette", "uvicorn", "httpx", "prometheus_client"):
         require_extra(module, "serve")
     from .front import make_app
     from .metrics import Metrics
