@@ -4,14 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip-version-check -q
 
-.PHONY: demo test check lint types docs slow vllm versions clean
+.PHONY: demo test check lint types docs slow vllm browser versions clean
 
 demo: $(VENV)/.demo
 	rm -rf twin-merging-demo
 	$(BIN)/twin-merging demo twin-merging-demo
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not vllm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not vllm and not browser"
 
 check: lint types docs test
 
@@ -45,6 +45,15 @@ vllm: $(VENV)/.test .venv-vllm/.made
 
 .venv-vllm/.made: tests/serving/make_environment.sh
 	tests/serving/make_environment.sh .venv-vllm
+	touch $@
+
+# A Space in a headless Chromium (apt install chromium), in an environment of its own (.venv-browser).
+browser: $(VENV)/.test .venv-browser/.made
+	SPACE_BIN=$(CURDIR)/.venv-browser/bin $(BIN)/python -m pytest -m browser -s tests/test_space.py
+
+.venv-browser/.made: constraints.txt
+	$(PYTHON) -m venv .venv-browser
+	PIP_CONSTRAINT=constraints.txt .venv-browser/bin/pip install -q gradio playwright transformers torch accelerate
 	touch $@
 
 $(VENV)/bin/python:

@@ -17,7 +17,7 @@ from twin_merging_hf.recipe import load_recipe
 
 COMMANDS = (
     "init", "build", "align", "tune", "check", "inspect", "verify", "upload", "evaluate", "add-expert", "remove-expert",
-    "replace-expert", "export", "serve", "demo",
+    "replace-expert", "export", "serve", "space", "demo",
 )  # fmt: skip
 
 

@@ -110,6 +110,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "export": {"artifact", "errors", "modeling", "probe", "progress"},
     "serving": {"errors", "export", "modeling"},
+    "space": {"artifact", "errors", "modeling"},
     "materialise": {"modeling"},
     "grouping": {"errors", "evaluation", "inference", "materialise", "modeling", "processing"},
     "coverage": {"modeling"},
@@ -139,7 +140,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": {
         "_version", "align_folders", "artifact", "builder", "demo", "editing", "errors", "evaluate_artifact",
-        "evaluate_table", "export", "hub_upload", "progress", "reload", "serving", "starter", "tuning", "verdict", "verification",
+        "evaluate_table", "export", "hub_upload", "progress", "reload", "serving", "space", "starter", "tuning", "verdict",
+        "verification",
     },
     "__init__": {"_version", "errors", "modeling"},
 }  # fmt: skip

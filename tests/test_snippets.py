@@ -56,6 +56,7 @@ NOT_RUN = {
     "docs/generation.md python 1": "needs a chat template and many tokens; tests/modeling/ generates in each way",
     "docs/hub.md bash 1": "uploads; tests/hub_upload/ does so to a Hub on loopback",
     "docs/hub.md python 1": "downloads; tests/hub_upload/ does so from a Hub on loopback",
+    "docs/hub.md bash 3": "uploads; tests/test_space.py writes the page and uses it in a browser",
     "docs/hub.md bash 2": "its rows are the reader's; tests/test_evaluate.py runs the command",
     "docs/lora.md python 1": "its base is a Hub model that has moved; tests/test_lora.py moves one",
     "docs/lora.md yaml 2": "part of a recipe; its base is the reader's",

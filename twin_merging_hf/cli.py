@@ -541,6 +541,26 @@ def serve(
 
 
 @app.command()
+def space(
+    artifact: Annotated[Path, typer.Argument(help="Folder of an artifact.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the Space; must not exist.")],
+    repo_id: Annotated[
+        str | None, typer.Option(help="Load it from the Hub instead of taking it along: NAMESPACE/NAME@COMMIT.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Title of the page; default the folder's name.")] = None,
+) -> None:
+    """Write a Gradio Space: a page that answers an input and shows who answered."""
+    from .space import make_space
+
+    with _errors(out):
+        make_space(artifact, out, repo_id, title)
+        typer.echo(
+            f"wrote {out}\nnext: cd {out} && pip install -r requirements.txt && python app.py\n"
+            f"or: hf upload NAMESPACE/NAME {out} --repo-type space"
+        )
+
+
+@app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(help="Folder for everything the demo makes; must not exist.")] = Path(
         "twin-merging-demo"
