@@ -26,6 +26,7 @@ from .classification_twin_merging import ClassificationMixin, TwinMergingClassif
 from .configuration_twin_merging import LANGUAGE, TwinMergingConfig
 from .costs_twin_merging import Costs  # noqa: F401 - likewise
 from .deltas_twin_merging import attach_deltas, follow_replacements, stand_ins
+from .edit_twin_merging import EditMixin
 from .export_twin_merging import ExportMixin
 from .factors_twin_merging import INTEGER_BITS, ExactDelta, FactoredDelta
 from .generation_twin_merging import (
@@ -107,7 +108,7 @@ class TwinMergingModelOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-class TwinMergingPreTrainedModel(ExportMixin, LateMixin, PlansMixin, PushMixin):
+class TwinMergingPreTrainedModel(EditMixin, ExportMixin, LateMixin, PlansMixin, PushMixin):
     """What all Twin-Merging models share: the shared task model, the deltas, the router, and how weights are chosen."""
 
     config_class = TwinMergingConfig
@@ -563,7 +564,7 @@ class TwinMergingPreTrainedModel(ExportMixin, LateMixin, PlansMixin, PushMixin):
     def _state_without_base(self) -> dict:
         """What an artifact stores whose shared model is the base by reference."""
         source = getattr(self, "_shared_source", None)
-        options: dict = getattr(self, "_artifact_source", (None, {}))[1]
+        options: dict = (getattr(self, "_artifact_source", None) or (None, {}))[1]
         hub = {name: value for name, value in options.items() if name in HUB_OPTIONS}
         state = self._storage_state_dict()
         refuse_changed(state, base_state(self.config, source, hub))
@@ -589,7 +590,15 @@ class TwinMergingPreTrainedModel(ExportMixin, LateMixin, PlansMixin, PushMixin):
         self.config.auto_map = dict(AUTO_MAP)
         self.config.save_pretrained(save_directory)
 
+    def _has_companions(self) -> bool:
+        return bool(getattr(self, "_artifact_source", None) or getattr(self, "_kept_companions", None))
+
     def _copy_companions(self, save_directory) -> None:
+        for name, content in (getattr(self, "_kept_companions", None) or {}).items():
+            target = os.path.join(save_directory, name)
+            if not os.path.exists(target):
+                with open(target, "wb") as stream:
+                    stream.write(content)
         source = getattr(self, "_artifact_source", None)
         if source is None:
             return

@@ -40,7 +40,7 @@ class PushMixin(PreTrainedModel):
         if self._own_card is not None:
             with open(path, "w", encoding="utf-8") as stream:
                 stream.write(self._own_card)
-        elif CARD in companions and getattr(self, "_artifact_source", None) and os.path.isfile(path):
+        elif CARD in companions and artifact._has_companions() and os.path.isfile(path):
             os.remove(path)
         artifact._copy_companions(working_dir)
         if os.path.isfile(path):
