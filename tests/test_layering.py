@@ -16,6 +16,7 @@ PACKAGE = "twin_merging_hf"
 # Module -> modules of this project that it may import. Folders (modeling, hub_upload, merging, demo) count as one.
 ALLOWED: dict[str, set[str]] = {
     "_version": set(),
+    "distributed": set(),
     "errors": set(),
     "modeling": set(),
     "merging": set(),
@@ -42,9 +43,9 @@ ALLOWED: dict[str, set[str]] = {
     "reload_script": set(),
     "reload": {"artifact", "modeling"},
     "verification": {"artifact", "checkpoints", "errors"},
-    "artifact": {"errors", "folder_check", "modeling"},
+    "artifact": {"distributed", "errors", "folder_check", "modeling"},
     "hub_upload": {"artifact", "errors", "modeling", "reload"},
-    "inference": {"processing", "prompt_rows"},
+    "inference": {"distributed", "processing", "prompt_rows"},
     "language_evaluation": {"errors", "metrics", "processing", "prompts"},
     "temperature": set(),
     "closed_form": {"errors", "modeling", "temperature"},
@@ -99,7 +100,7 @@ ALLOWED: dict[str, set[str]] = {
         "modeling", "pictures",
         "preflight", "probe", "progress", "recipe", "row_hashes", "separation", "source_card", "verdict",
     },
-    "tuned_recipe": {"errors", "recipe"},
+    "tuned_recipe": {"distributed", "errors", "recipe"},
     "tuning": {
         "align_experts", "compression", "errors", "evaluation", "merging", "modeling", "preflight", "progress", "recipe",
         "separation", "shapes", "shared_merge", "tuned_recipe",
@@ -139,7 +140,7 @@ ALLOWED: dict[str, set[str]] = {
         "verdict",
     },
     "cli": {
-        "_version", "align_folders", "artifact", "builder", "demo", "editing", "errors", "evaluate_artifact",
+        "_version", "align_folders", "distributed", "artifact", "builder", "demo", "editing", "errors", "evaluate_artifact",
         "evaluate_table", "export", "hub_upload", "progress", "reload", "serving", "space", "starter", "tuning", "verdict",
         "verification",
     },

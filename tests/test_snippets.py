@@ -52,6 +52,7 @@ NOT_RUN = {
     "docs/alignment.md python 2": "its model class is the reader's; tests/alignment/ registers one",
     "docs/alignment.md bash 1": "its recipe is the reader's; tests/test_align_experts.py runs both modes",
     "docs/editing.md python 1": "its experts are the reader's; tests/modeling/test_live_editing.py loads and deletes one",
+    "docs/evaluate.md bash 1": "starts processes; tests/test_distributed.py does so",
     "docs/export.md python 1": "needs the folders of the commands before it; tests/test_export.py loads them",
     "docs/export.md python 2": "needs the folders of the commands before it; tests/test_export.py routes with them",
     "docs/generation.md python 1": "needs a chat template and many tokens; tests/modeling/ generates in each way",

@@ -25,6 +25,7 @@ from twin_merging_hf.modeling.reference_twin_merging import is_referenced
 from twin_merging_hf.modeling.saving_twin_merging import is_running
 from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
 
+from . import distributed
 from .errors import TwinMergingError, is_file
 from .folder_check import paper_problems, stray_files
 
@@ -69,6 +70,7 @@ def staged(out: Path, artifact: bool = True) -> Iterator[Path]:
         TwinMergingError: `out` exists already.
     """
     refuse_existing(out)
+    distributed.wait_for_all()
     made = [parent for parent in out.parents if not parent.exists()]
     staging = out.parent / f".{out.name}.building-{os.getpid()}"
     try:
@@ -80,10 +82,12 @@ def staged(out: Path, artifact: bool = True) -> Iterator[Path]:
             raise TwinMergingError(f"{out} cannot be made: {error.strerror}: {error.filename}") from error
         try:
             yield staging
-            refuse_existing(out)
-            if artifact:
-                os.rename(staging / LAYOUT.unfinished_config, staging / LAYOUT.config)
-            os.rename(staging, out)
+            if distributed.is_main():
+                refuse_existing(out)
+                if artifact:
+                    os.rename(staging / LAYOUT.unfinished_config, staging / LAYOUT.config)
+                os.rename(staging, out)
+            distributed.wait_for_all()  # of several processes one is written, and there for all
         except (OSError, SafetensorError) as error:
             reason = _storage_error(error)
             if reason is None:

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from . import distributed
 from ._version import __version__
 from .errors import TwinMergingError
 
@@ -77,6 +80,9 @@ def _main(
     ] = False,
 ) -> None:
     _Signals.listen()
+    distributed.start()
+    if not distributed.is_main():  # of the processes of `accelerate launch` one speaks
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 @app.command()
@@ -454,7 +460,7 @@ def evaluate(
             seed=seed,
             progress=Progress(quiet),
         )
-        written = write_evaluation(output, found) if output is not None else []
+        written = write_evaluation(output, found) if output is not None and distributed.is_main() else []
         if as_json:
             typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
             return

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from .distributed import is_main
 from .errors import TwinMergingError
 from .recipe import BASE, Recipe
 
@@ -15,11 +16,14 @@ def write_tuned(
     recipe: Recipe, out: Path, log: Path, chosen: dict[str, float], left: dict[str, str], record: dict[str, Any]
 ) -> None:
     """
-    Write the recipe with the chosen `lambda`, `density` and `rank`, and the record of all candidates as JSON.
+    Write the recipe with the chosen `lambda`, `density` and `rank`, and the record of all candidates as JSON; of several
+    processes one does.
 
     Raises:
         TwinMergingError: a file cannot be written.
     """
+    if not is_main():
+        return
     lines = [f"# Tuned on held-out rows; {log.name} holds the scores of every candidate. Chosen:"]
     lines += [f"#   {key}: {value:g}" for key, value in chosen.items()] or ["#   nothing"]
     lines += [f"# Left as it was: {key}, because {reason}." for key, reason in left.items()]
