@@ -63,7 +63,7 @@ def test_a_wheel_holds_every_source_and_nothing_else(wheel):
     expected = set()
     for folder, target in FOLDERS.items():
         files = [path for path in (ROOT / folder).rglob("*") if path.suffix == ".py" or path.name == "py.typed"]
-        files += list((ROOT / folder).glob("*.md"))
+        files += [path for pattern in ("*.md", "*.txt") for path in (ROOT / folder).rglob(pattern)]
         expected |= {f"{PACKAGE}/{target}{path.relative_to(ROOT / folder).as_posix()}" for path in files}
     archive = zipfile.ZipFile(wheel)
     assert {name for name in archive.namelist() if name.startswith(f"{PACKAGE}/")} == expected
