@@ -10,8 +10,12 @@ import json
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
 
 
 TOKEN = "hf_stub_token_that_is_secret"
@@ -70,6 +74,19 @@ class StubHub:
         found = self.repos[repo_id].at(revision)
         assert found is not None
         return found[1]
+
+
+def connect(monkeypatch: pytest.MonkeyPatch, stub: StubHub, cache: Path) -> None:
+    """Point the client of this process at the stub."""
+    monkeypatch.setattr(constants, "ENDPOINT", stub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", stub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", stub.large)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # it keeps its endpoint
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
 
 
 class _Handler(BaseHTTPRequestHandler):

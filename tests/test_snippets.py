@@ -13,10 +13,15 @@ from typer.testing import CliRunner
 
 from tests.conftest import World
 from tests.files import ROOT
+from tests.stub_hub import StubHub, connect
+from twin_merging_hf.artifact import check_artifact
 from twin_merging_hf.cli import app
+from twin_merging_hf.hub_upload import upload
 from twin_merging_hf.recipe import parse_recipe
 
 
+TUTORIALS = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").glob("tutorial_*.md"))]
+"""Pages whose snippets run one after the other in an empty folder, as a reader would."""
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(python|bash|yaml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -45,6 +50,7 @@ COMMANDS = {
 }
 """Bash that runs in part: why its last line does not."""
 NOT_RUN = {
+    **{f"{page} bash 1": "installs" for page in TUTORIALS},
     "README.md bash 1": "makes environments; CI runs `make test`",
     "README.md bash 2": "installs; the commands after it run in tests/test_cli.py",
     "README.md bash 3": "trains experts for minutes",
@@ -67,11 +73,18 @@ NOT_RUN = {
     "docs/serving.md bash 3": "needs running engines; tests/serving/test_front.py has two",
     "docs/security.md bash 1": "10,000 inputs take minutes; tests/test_hostile.py runs fewer",
 }
-RECIPES = [name for name in SNIPPETS if " yaml " in name and name not in NOT_RUN]
+
+
+def _page(name: str) -> str:
+    return name.split(" ")[0]
+
+
+RECIPES = [n for n in SNIPPETS if " yaml " in n and n not in NOT_RUN and _page(n) not in TUTORIALS]
 
 
 def test_every_snippet_is_run_or_listed() -> None:
-    handled = [*ARTIFACTS, *COMMANDS, *NOT_RUN, *RECIPES]
+    tutorials = [name for name in SNIPPETS if _page(name) in TUTORIALS and name not in NOT_RUN]
+    handled = [*ARTIFACTS, *COMMANDS, *NOT_RUN, *RECIPES, *tutorials]
     assert len(handled) == len(set(handled))
     assert set(handled) == set(SNIPPETS), "a snippet is neither run nor listed, or a listed one is gone"
 
@@ -96,6 +109,38 @@ def test_commands_run(name: str, world: World, tmp_path: Path, monkeypatch: pyte
         assert words[0] == "twin-merging"
         result = CliRunner().invoke(app, words[1:])
         assert result.exit_code == 0, f"{line}: {result.output}"
+
+
+@pytest.mark.parametrize("page", TUTORIALS)
+def test_a_tutorial_runs_from_an_empty_folder(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python in one session, commands line by line, recipes as the files that their first line names."""
+    server = StubHub()
+    connect(monkeypatch, server, tmp_path / "cache")
+    monkeypatch.setattr(upload, "check_whole", check_artifact)  # the command before it starts the clean process
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    scope: dict[str, Any] = {}
+    for name, code in SNIPPETS.items():
+        if _page(name) == page and name not in NOT_RUN:
+            _follow(name, code, scope)
+    [files] = [repo.at("main") for repo in server.repos.values()]
+    assert files and "config.json" in files[1], "the last step shares the artifact"
+    server.close()
+
+
+def _follow(name: str, code: str, scope: dict[str, Any]) -> None:
+    """One step of a tutorial."""
+    language = name.split(" ")[1]
+    if language == "python":
+        exec(compile(code, name, "exec"), scope)
+    elif language == "yaml":
+        Path(code.splitlines()[0].removeprefix("# ")).write_text(code, encoding="utf-8")
+    else:
+        for line in code.splitlines():
+            words = shlex.split(line, comments=True)
+            assert words[0] == "twin-merging"
+            result = CliRunner().invoke(app, words[1:])
+            assert result.exit_code == 0, f"{name}: {line}: {result.output}"
 
 
 def _beside_artifact(name: str, world: World, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

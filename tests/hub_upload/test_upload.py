@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard
 from transformers import pipeline
 from typer.testing import CliRunner
 
 from tests import files, tiny
 from tests.conftest import load
-from tests.stub_hub import TOKEN, StubHub
+from tests.stub_hub import TOKEN, StubHub, connect
 from twin_merging_hf import TwinMergingError
 from twin_merging_hf.artifact import LAYOUT, check_artifact, read_config
 from twin_merging_hf.cli import app
@@ -25,24 +25,11 @@ SCRIPT = Path(__file__).with_name("hub_script.py")
 REPO = "me/twin"
 
 
-def online(monkeypatch, stub: StubHub, cache: Path) -> None:
-    """Point the client of this process at the stub."""
-    monkeypatch.setattr(constants, "ENDPOINT", stub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", stub.url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", stub.large)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # it keeps its endpoint
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-
-
 @pytest.fixture
 def stub(monkeypatch, tmp_path):
     """A Hub without large files; artifacts are checked in this process only, which is quicker."""
     server = StubHub()
-    online(monkeypatch, server, tmp_path / "cache")
+    connect(monkeypatch, server, tmp_path / "cache")
     monkeypatch.setattr(upload, "check_whole", check_artifact)
     yield server
     server.close()
@@ -52,7 +39,7 @@ def stub(monkeypatch, tmp_path):
 def large(monkeypatch, tmp_path):
     """The same with weights by git LFS."""
     server = StubHub(large=True)
-    online(monkeypatch, server, tmp_path / "cache")
+    connect(monkeypatch, server, tmp_path / "cache")
     monkeypatch.setattr(upload, "check_whole", check_artifact)
     yield server
     server.close()
@@ -92,7 +79,7 @@ def test_from_command_to_pipeline_with_and_without_plugin_and_network(world, tmp
     home = tmp_path / "home"
     home.mkdir()
     with monkeypatch.context() as patch:
-        online(patch, stub, tmp_path / "cache")
+        connect(patch, stub, tmp_path / "cache")
         result = CliRunner().invoke(app, ["upload", str(folder), "twin", "--private"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     commit = stub.repos[REPO].refs["main"]
