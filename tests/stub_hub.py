@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -45,7 +46,8 @@ class StubHub:
     The server and what it holds.
 
     large: whether weights go by git LFS. requests: `METHOD path` of all so far. breaks: part of such a line -> how often to
-    hang up; refuses: part of a line -> status and message to answer; cuts: file -> how often to send half of it.
+    hang up; refuses: part of a line -> status and message to answer; cuts: file -> how often to send half of it; arrive: called
+    when a request has been entered, before anything else.
     """
 
     def __init__(self, large: bool = False):
@@ -56,6 +58,7 @@ class StubHub:
         self.breaks: dict[str, int] = {}
         self.refuses: dict[str, tuple[int, str]] = {}
         self.cuts: dict[str, int] = {}
+        self.arrive: Callable[[], object] = lambda: None
         hub = self
 
         class Handler(_Handler):
@@ -101,6 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
         path, query = unquote(parts.path), parse_qs(parts.query)
         name = f"{self.command} {path}"
         self.stub.requests.append(name)
+        self.stub.arrive()
         body = self._body()
         for part, count in list(self.stub.breaks.items()):
             if part in name and count > 0:
@@ -131,7 +135,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self.rfile.readline()
             self.rfile.readline()
             return b"".join(parts)
-        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(length)
+        # A client that died while it was sending has asked for nothing.
+        return body if len(body) == length else None
 
     def _answer(self, status: int, content: Any = None, headers: dict[str, str] | None = None) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()

@@ -26,15 +26,27 @@ def lines(*command: object, cwd: Path) -> list[dict]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
+def kill_all(artifact: Path, folder: Path, count: int, steps: int) -> dict[str, list[dict]]:
+    """What became of saves and uploads after `count` kills at random and `steps` at a step of theirs; nothing was wrong."""
+    found = lines("-m", "tests.kills", artifact, folder, count, steps, 0, cwd=files.ROOT)
+    assert len(found) == 2 * (count + steps) and all(entry["next"] for entry in found)
+    saves, uploads = ([entry for entry in found if entry["what"] == what] for what in ("save", "upload"))
+    assert {entry["state"] for entry in saves} <= {"nothing", "old", "new"}
+    assert {entry["state"] for entry in uploads} <= {"old", "new"}
+    return {"save": saves, "upload": uploads}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_saves_and_uploads_that_are_killed(world, tmp_path):
-    found = lines("-m", "tests.kills", world.artifact("bert"), tmp_path, KILLS, 0, cwd=files.ROOT)
-    assert len(found) == 2 * KILLS and all(entry["next"] for entry in found)
-    assert {entry["state"] for entry in found if entry["what"] == "save"} <= {"nothing", "old", "new"}
-    assert {entry["state"] for entry in found if entry["what"] == "upload"} <= {"old", "new"}
-    for what in ("save", "upload"):
-        assert sum(entry["killed"] for entry in found if entry["what"] == what) > KILLS / 2, "hardly any was in time"
+    for found in kill_all(world.artifact("bert"), tmp_path, KILLS, 0).values():
+        assert sum(entry["killed"] for entry in found) > KILLS / 2, "hardly any was in time"
+
+
+def test_saves_and_uploads_that_are_killed_at_a_step(world, tmp_path):
+    found = kill_all(world.artifact("bert"), tmp_path, 0, 4)
+    assert all(entry["killed"] for entry in [*found["save"], *found["upload"]])
+    assert {entry["state"] for entry in found["save"]} == {"old", "nothing", "new"}
 
 
 @pytest.mark.slow

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.image_utils import load_image
+
+# From where it is defined: the package's own name for it asks for torchvision in older releases, the class does not.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging as transformers_logging
 
 from .errors import TwinMergingError, require_extra

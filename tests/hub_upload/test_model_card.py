@@ -8,7 +8,6 @@ import yaml
 from huggingface_hub import ModelCard
 
 from tests import files, tiny
-from tests.modeling.language import LanguageWorld
 from twin_merging_hf import checkpoints
 from twin_merging_hf.artifact import read_config
 from twin_merging_hf.builder import Progress, build_artifact
@@ -230,38 +229,6 @@ def test_data_sets_of_the_sources_are_named(world):
 
 
 # ---- the whole card ---------------------------------------------------------------------------------------------
-
-CARDS = {
-    "bert": {},
-    "vit": {},
-    "bert-tokens": {},
-    "bert, a regression": {"labels": {"a": ["x", "y"], "b": ["value"]}},
-    "bert, no data": {"router": {"type": "projection"}, "data": False},
-    "bert, sparse": {"exclusive": {"method": "magnitude", "ratio": 0.1}},
-}
-
-
-@pytest.mark.parametrize("case", CARDS)
-def test_no_section_is_empty(world, case):
-    kind, recipe = case.split(",")[0], dict(CARDS[case])
-    labels = recipe.pop("labels", tiny.TAGS if kind == "bert-tokens" else None)
-    check_sections(card_of(world.artifact(kind, labels, **recipe)))
-
-
-@pytest.mark.parametrize("kind", ["llama-lm", "t5-lm"])
-def test_no_section_of_a_language_model_is_empty(tmp_path, kind):
-    folder = LanguageWorld(tmp_path).artifact(kind, data=True)
-    check_sections(card_of(folder), pipeline=kind != "t5-lm")
-
-
-def check_sections(card: ModelCard, pipeline: bool = True) -> None:
-    sections = card.text.split("\n## ")[1:]
-    assert len(sections) == 10
-    for section in sections:
-        title, body = section.split("\n", 1)
-        assert len(body.strip()) > 20, title
-        assert "None" not in body and "nan" not in body.split() and "{" not in body.split("```")[0], section
-    assert bool(card.data.pipeline_tag) == pipeline and card.data.library_name == "transformers"
 
 
 def test_both_papers_are_cited(artifact):

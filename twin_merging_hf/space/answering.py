@@ -6,6 +6,9 @@ from typing import Any
 import torch
 import transformers
 
+# From where it is defined: the package's own name for it asks for torchvision in older releases, the class does not.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
 
 SHARED = "__shared__"
 NEW_TOKENS, SHOWN = 60, 5
@@ -28,7 +31,7 @@ class Answering:
         options: dict[str, Any] = {"trust_remote_code": True, "revision": revision}
         self.model = getattr(transformers, auto_class).from_pretrained(source, **options).eval()
         self.is_image = auto_class == "AutoModelForImageClassification"
-        processor = transformers.AutoImageProcessor if self.is_image else transformers.AutoTokenizer
+        processor = AutoImageProcessor if self.is_image else transformers.AutoTokenizer
         self.processor = processor.from_pretrained(source, **options)
         self._say = {
             "AutoModelForCausalLM": self._written,
