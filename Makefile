@@ -32,8 +32,10 @@ docs: $(VENV)/.test
 slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
 
-# The suite on the oldest and the newest supported Transformers, each in an environment of its own.
+# The suite on the oldest and the newest supported Transformers, each in an environment of its own; what is newest is asked
+# again each time.
 versions:
+	rm -f .venv-newest/.test
 	$(MAKE) test VENV=.venv-oldest TRANSFORMERS='transformers==5.17.*'
 	$(MAKE) test VENV=.venv-newest TRANSFORMERS='-U transformers'
 
