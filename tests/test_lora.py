@@ -20,6 +20,7 @@ from twin_merging_hf.preflight import preflight
 from twin_merging_hf.progress import Progress
 from twin_merging_hf.recipe import load_recipe
 from twin_merging_hf.separation import planned_bytes, separate
+from twin_merging_hf.starter import look_at, starter_recipe
 
 
 QUIET = Progress(quiet=True)
@@ -376,6 +377,12 @@ def test_init_finds_the_base_of_adapters_and_its_recipe_builds(own, tmp_path):
     assert content["base_model"] == str(own / "base") and content["shared_model"] == "base"
     assert content["exclusive"]["rank"] == max(adapters.RANKS.values())
     plan_build(output, tmp_path / "out")
+
+
+def test_init_names_a_base_of_this_folder_relative_to_it(own, monkeypatch):
+    monkeypatch.chdir(own)
+    looks = look_at(["a", "b"], None, Path("."))
+    assert yaml.safe_load(starter_recipe(looks, Path(".")))["base_model"] == "base"
 
 
 def test_init_takes_the_users_word_for_a_base_that_is_not_to_be_had(own, tmp_path):

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from tests.conftest import World
 from tests.files import ROOT
 from tests.stub_hub import StubHub, connect
+from twin_merging_hf import reload
 from twin_merging_hf.artifact import check_artifact
 from twin_merging_hf.cli import app
 from twin_merging_hf.hub_upload import upload
@@ -116,7 +117,8 @@ def test_a_tutorial_runs_from_an_empty_folder(page: str, tmp_path: Path, monkeyp
     """Python in one session, commands line by line, recipes as the files that their first line names."""
     server = StubHub()
     connect(monkeypatch, server, tmp_path / "cache")
-    monkeypatch.setattr(upload, "check_whole", check_artifact)  # the command before it starts the clean process
+    for module in (reload, upload):  # the clean process has tests of its own
+        monkeypatch.setattr(module, "check_whole", check_artifact)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     scope: dict[str, Any] = {}

@@ -42,7 +42,7 @@ def look_at(models: list[str], base: str | None, folder: Path) -> list[Look]:
     looks: list[Look] = []
     names = _names(models)
     bases = [adapter_base(source, folder, f"expert {name!r}") for name, source in zip(names, models, strict=True)]
-    stated, base = base, base or next((found for found in bases if found is not None), None)
+    stated, base = base, base or next((_within(folder, found) for found in bases if found is not None), None)
     for name, source in zip(names, models, strict=True):
         checkpoint, misfits, trained_on = _open(f"expert {name!r}", source, folder, base, stated)
         look = _look(name, source, checkpoint, looks[0] if looks else None)
@@ -51,6 +51,13 @@ def look_at(models: list[str], base: str | None, folder: Path) -> list[Look]:
         checkpoint = open_checkpoint(base, folder, "base model", like=looks[0].checkpoint)
         looks.append(_look("base", base, checkpoint, looks[0], is_base=True))
     return looks
+
+
+def _within(folder: Path, source: str) -> str:
+    """A base that lies in `folder`, as a path from there: a recipe that moves with its folder keeps it."""
+    path = Path(source)
+    inside = path.is_absolute() and path.is_relative_to(folder.resolve())
+    return str(path.relative_to(folder.resolve())) if inside else source
 
 
 def _open(
