@@ -23,15 +23,18 @@ class EditMixin(PreTrainedModel):
         Add an expert, as `twin-merging add-expert`: all other experts and the shared model stay as they are.
 
         Args:
-            name: the new expert's. checkpoint: a folder or Hub id: a full checkpoint, or a PEFT LoRA.
+            name: the new expert's.
+            checkpoint: a folder or Hub id: a full checkpoint, or a PEFT LoRA.
             data: JSONL file with the expert's rows. A trained router is trained again, so it needs rows of all experts:
                 from `recipe`, else from the paths of the artifact's own recipe, seen from the current folder. `projection`
                 routers need none.
-            labels: new label names, in id order. recipe: a recipe file with models and `data` of the other experts.
+            labels: new label names, in id order.
+            recipe: a recipe file with models and `data` of the other experts.
 
         Raises:
-            ImportError: the package is not installed. ValueError: what `add-expert` refuses, or weights that cannot be read
-                (offloaded, quantised). The model is then as it was.
+            ImportError: the package is not installed.
+            ValueError: what `add-expert` refuses, or weights that cannot be read (offloaded, quantised). The model is then
+                as it was.
         """
         editing = _package()
         newcomer = editing.Newcomer(
@@ -49,8 +52,9 @@ class EditMixin(PreTrainedModel):
             recipe: a recipe file with `data` of the remaining experts, to fit the router's temperature again.
 
         Raises:
-            ImportError: the package is not installed. ValueError: an unknown or the last expert, or weights that cannot be
-                read (offloaded, quantised). The model is then as it was.
+            ImportError: the package is not installed.
+            ValueError: an unknown or the last expert, or weights that cannot be read (offloaded, quantised). The model is
+                then as it was.
         """
         editing = _package()
         self._become(

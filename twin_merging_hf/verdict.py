@@ -32,17 +32,20 @@ _POOR = 0.9
 @dataclass(frozen=True)
 class Verdict:
     """
-    agreement: for each expert, how far the routed artifact answers like it on its held-out rows: share of equal labels, of
-        equal tags where tokens are tagged; Pearson correlation for a regression; of a language model the share of the
-        completions' tokens at which both would write the same next, the completion given up to there (of a model that
-        fills masks, of the masked tokens that both fill alike).
-    given: the same with the expert chosen by hand, so that the two together tell routing losses from compression losses.
-        Both None without data.
-    worst_confusion: the largest share of one expert's rows that went to one other: expert, chosen, share.
-    expert_scores: how well each expert itself does on these rows (`metric`: accuracy, or pearson for a regression; `score`;
-        `rows`): what later scores are relative to, where the experts are no longer at hand; None of language models.
-    scores: how well the artifact does on these rows by the same metric, `routed` and `given`; a label of another expert's
-        is wrong.
+    What a build says about its artifact, on held-out rows.
+
+    Attributes:
+        agreement: for each expert, how far the routed artifact answers like it on its held-out rows: share of equal labels, of
+            equal tags where tokens are tagged; Pearson correlation for a regression; of a language model the share of the
+            completions' tokens at which both would write the same next, the completion given up to there (of a model that
+            fills masks, of the masked tokens that both fill alike).
+        given: the same with the expert chosen by hand, so that the two together tell routing losses from compression losses.
+            Both None without data.
+        worst_confusion: the largest share of one expert's rows that went to one other: expert, chosen, share.
+        expert_scores: how well each expert itself does on these rows (`metric`: accuracy, or pearson for a regression; `score`;
+            `rows`): what later scores are relative to, where the experts are no longer at hand; None of language models.
+        scores: how well the artifact does on these rows by the same metric, `routed` and `given`; a label of another expert's
+            is wrong.
     """
 
     agreement: dict[str, float] | None

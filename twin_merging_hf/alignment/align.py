@@ -63,7 +63,8 @@ def align(
         tick: called for each block that was matched.
 
     Raises:
-        TwinMergingError: the models' type is not known here. ValueError: a specification that fails its verification,
+        TwinMergingError: the models' type is not known here.
+        ValueError: a specification that fails its verification,
             models that do not fit together, or a share outside [0, 1].
     """
     if not 0 <= weight_share <= 1:

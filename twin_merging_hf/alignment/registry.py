@@ -90,7 +90,8 @@ def verify_spec(model: Any) -> None:
     permutation of a small random model of the same class and settings leaves its outputs as they were, to 1e-5.
 
     Raises:
-        TwinMergingError: as `family_of`. ValueError: the check fails; nothing should be aligned then.
+        TwinMergingError: as `family_of`.
+        ValueError: the check fails; nothing should be aligned then.
     """
     family = family_of(model)
     layout_of(model)
