@@ -92,7 +92,7 @@ def randomised_svd(matrix: torch.Tensor, rank: int, seed_text: str) -> tuple[tor
     Blocks are added until further ones can add next to nothing to the captured energy, measured by what is left; where
     they do not get there (spectra of many nearly equal values), the SVD is done exactly.
     """
-    total = float(matrix.double().pow(2).sum())
+    total = energy_of(matrix)
     sketch = torch.randn(matrix.shape[1], rank + _OVERSAMPLING, generator=named_generator(seed_text))
     block = torch.linalg.qr(matrix @ sketch).Q
     basis = block
@@ -146,7 +146,7 @@ def spectrum(matrix: Delta, seed_text: str, cap: int = FIRST_CAP) -> Spectrum:
         for rows in matrix.split(_GRAM_ROWS):
             gram += rows.double().T @ rows.double()
         return Spectrum(torch.linalg.eigvalsh(gram).flip(0).clamp(min=0), float(gram.trace()), True)
-    total = sum(float(rows.double().pow(2).sum()) for rows in matrix.split(_GRAM_ROWS))
+    total = energy_of(matrix)
     values = truncated_svd(matrix.float(), cap, seed_text)[1]
     return Spectrum(values.double().pow(2), total, len(values) == smallest)
 

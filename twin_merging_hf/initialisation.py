@@ -7,6 +7,7 @@ from .checkpoints import Checkpoint
 
 _SAMPLE = 8
 """So many matrices, spread over the model, tell as well as all of them."""
+_PIECE = 1 << 18
 SHARED = 0.3
 """
 Cosine of two checkpoints' weights above which they are taken for relatives. Fine-tuned models keep 0.9 and more of a common
@@ -23,12 +24,21 @@ def cosines(checkpoints: list[Checkpoint]) -> dict[tuple[int, int], float]:
     chosen = sorted({names[round(i * (len(names) - 1) / (_SAMPLE - 1))] for i in range(_SAMPLE)}) if names else []
     found: dict[tuple[int, int], list[float]] = {}
     for name in chosen:
-        tensors = [checkpoint.tensor(name).float().flatten() for checkpoint in checkpoints]
-        for i in range(len(tensors)):
+        gram = _gram([checkpoint.tensor(name) for checkpoint in checkpoints])
+        norms = gram.diagonal().sqrt().clamp(min=1e-12)
+        for i in range(len(checkpoints)):
             for j in range(i):
-                cosine = torch.nn.functional.cosine_similarity(tensors[i], tensors[j], dim=0)
-                found.setdefault((j, i), []).append(float(cosine))
+                found.setdefault((j, i), []).append(float(gram[i, j] / (norms[i] * norms[j])))
     return {pair: sum(values) / len(values) for pair, values in found.items()}
+
+
+def _gram(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Inner products [T, T] of T tensors of one shape, float64; a piece of each is in memory at a time."""
+    gram = torch.zeros(len(tensors), len(tensors), dtype=torch.float64)
+    for pieces in zip(*(tensor.reshape(-1).split(_PIECE) for tensor in tensors), strict=True):
+        stacked = torch.stack([piece.double() for piece in pieces])
+        gram += stacked @ stacked.T
+    return gram
 
 
 def describe_strangers(checkpoints: list[Checkpoint]) -> list[str]:

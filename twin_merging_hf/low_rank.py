@@ -1,6 +1,10 @@
-"""Matrices as products that are never multiplied out: sums, norms and SVDs of LoRA deltas in the space of their factors."""
+"""
+Deltas that are not in memory as a whole: products that are never multiplied out, dense ones made anew at each look.
 
-from collections.abc import Sequence
+Sums, norms and SVDs of LoRA deltas are taken in the space of their factors.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +12,8 @@ import torch
 
 # Below this share of the largest singular value a direction is rounding of float32 factors, and no direction of its own.
 _ROUNDING = 1e-7
+# Sums in double precision go through a dense matrix in pieces of so many entries, so that no second one comes into being.
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,26 @@ class LowRank:
 Delta = torch.Tensor | LowRank
 
 
+class Remade(Sequence[Delta]):
+    """
+    Deltas of several experts, each made when it is asked for: however many experts, one dense delta is in memory.
+
+    Args:
+        count: of experts. make: gives the delta of an expert, by index.
+    """
+
+    def __init__(self, count: int, make: Callable[[int], Delta]):
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index):
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        return self._make(index)
+
+
 def combine(terms: Sequence[tuple[float, LowRank]], shape: torch.Size) -> LowRank:
     """
     sum_i c_i M_i as one product: the factors side by side, the coefficients in the left ones.
@@ -72,7 +98,9 @@ def combine(terms: Sequence[tuple[float, LowRank]], shape: torch.Size) -> LowRan
 
 def energy_of(delta: Delta) -> float:
     """Squared Frobenius norm of a delta in either form."""
-    return delta.energy() if isinstance(delta, LowRank) else float(delta.double().pow(2).sum())
+    if isinstance(delta, LowRank):
+        return delta.energy()
+    return sum(float(piece.double().pow(2).sum()) for piece in delta.flatten().split(_PIECE))
 
 
 def left_times(rows: torch.Tensor, matrix: Delta) -> torch.Tensor:
@@ -89,4 +117,6 @@ def squared_distance(matrix: Delta, up: torch.Tensor, down: torch.Tensor) -> flo
     """Squared Frobenius norm of matrix - up @ down."""
     if isinstance(matrix, LowRank):
         return combine([(1.0, matrix), (-1.0, LowRank(up, down))], matrix.shape).energy()
-    return float((matrix - up @ down).double().pow(2).sum())
+    rows = max(1, _PIECE // max(1, matrix.shape[1]))
+    pairs = zip(matrix.split(rows), up.split(rows), strict=True)
+    return sum(float((piece - left @ down).double().pow(2).sum()) for piece, left in pairs)

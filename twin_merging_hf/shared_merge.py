@@ -9,7 +9,7 @@ import torch
 from .checkpoints import Checkpoint
 from .errors import TwinMergingError
 from .fitted_merge import LEAST_SQUARES, fitted_tensor
-from .merging import DEFAULTS, MERGE_METHODS, MergeSettings, settings_for, trim_thresholds
+from .merging import DEFAULTS, MERGE_METHODS, PIECE, WHOLE_MATRICES, MergeSettings, settings_for, trim_thresholds
 from .preflight import Inputs
 from .recipe import Recipe
 
@@ -48,13 +48,43 @@ def merge_tensor(
         return fitted.to(getattr(torch, recipe.dtype))
     experts = experts or [checkpoint.tensor(name) for checkpoint in inputs.experts]
     compute: torch.dtype = getattr(torch, recipe.dtype)
-    experts = [expert.to(compute) for expert in experts]
-    if method == "linear" and settings.normalize and all(torch.equal(e, experts[0]) for e in experts[1:]):
-        return experts[0]  # a mean would round, and leave deltas of nothing but rounding
-    base = _base_of(inputs, method, name).tensor(name).to(compute) if DEFAULTS[method].needs_base else None
+    if method == "linear" and settings.normalize and _all_equal(experts, compute):
+        return experts[0].to(compute)  # a mean would round, and leave deltas of nothing but rounding
+    base = _base_of(inputs, method, name).tensor(name) if DEFAULTS[method].needs_base else None
     if method == "ties":
-        settings = replace(settings, thresholds=_thresholds(inputs, settings.density, compute))
-    return MERGE_METHODS[method](torch.stack(experts), base, replace(settings, tensor=name))
+        settings = replace(settings, thresholds=trimming(inputs, recipe))
+    return _merge(method, experts, base, replace(settings, tensor=name), compute)
+
+
+def _merge(
+    method: str,
+    experts: list[torch.Tensor],
+    base: torch.Tensor | None,
+    settings: MergeSettings,
+    compute: torch.dtype,
+) -> torch.Tensor:
+    """Merge tensors, in pieces where the method allows it: memory is then one result, whatever the number of experts."""
+    merge, shape = MERGE_METHODS[method], experts[0].shape
+    if method in WHOLE_MATRICES:
+        whole = torch.stack([expert.to(compute) for expert in experts])
+        return merge(whole, None if base is None else base.to(compute), settings)
+    merged = torch.empty(shape.numel(), dtype=compute)
+    flat, flat_base = [expert.reshape(-1) for expert in experts], None if base is None else base.reshape(-1)
+    for start in range(0, len(merged), PIECE):
+        piece = slice(start, start + PIECE)
+        stacked = torch.stack([expert[piece].to(compute) for expert in flat])
+        origin = None if flat_base is None else flat_base[piece].to(compute)
+        merged[piece] = merge(stacked, origin, replace(settings, start=start))
+    return merged.reshape(shape)
+
+
+def _all_equal(experts: list[torch.Tensor], compute: torch.dtype) -> bool:
+    first, *others = (expert.reshape(-1).split(PIECE) for expert in experts)
+    return all(
+        torch.equal(piece.to(compute), mine.to(compute))
+        for other in others
+        for piece, mine in zip(other, first, strict=True)
+    )
 
 
 def _base_of(inputs: Inputs, method: str, name: str) -> Checkpoint:
@@ -65,11 +95,12 @@ def _base_of(inputs: Inputs, method: str, name: str) -> Checkpoint:
     return inputs.base
 
 
-def _thresholds(inputs: Inputs, density: float, compute: torch.dtype) -> tuple[float, ...]:
-    """What TIES keeps of each expert's whole task vector, counted once for all tensors."""
+def trimming(inputs: Inputs, recipe: Recipe) -> tuple[float, ...]:
+    """The magnitudes from which on TIES keeps entries of each expert's task vector, counted once for all tensors."""
+    density, compute = merge_settings(recipe, "ties").density, getattr(torch, recipe.dtype)
     key = (density, compute)
     if key not in inputs.thresholds:
-        names = [name for name in inputs.experts[0].backbone if inputs.experts[0].tensor(name).is_floating_point()]
+        names = [name for name in inputs.experts[0].backbone if inputs.experts[0].dtype(name).is_floating_point]
         size = sum(inputs.experts[0].backbone[name].numel() for name in names)
         vectors: list[Callable] = [partial(_task_vector, inputs, e, names, compute) for e in inputs.experts]
         inputs.thresholds[key] = trim_thresholds(vectors, density, size)
@@ -78,4 +109,6 @@ def _thresholds(inputs: Inputs, density: float, compute: torch.dtype) -> tuple[f
 
 def _task_vector(inputs: Inputs, expert: Checkpoint, names: list[str], compute: torch.dtype) -> Iterator[torch.Tensor]:
     for name in names:
-        yield expert.tensor(name).to(compute) - _base_of(inputs, "ties", name).tensor(name).to(compute)
+        theirs, base = expert.tensor(name).reshape(-1), _base_of(inputs, "ties", name).tensor(name).reshape(-1)
+        for piece, origin in zip(theirs.split(PIECE), base.split(PIECE), strict=True):
+            yield piece.to(compute) - origin.to(compute)

@@ -4,7 +4,7 @@ import hashlib
 
 import torch
 
-from .settings import MergeSettings, task_vectors
+from .settings import PIECE, MergeSettings, task_vectors
 from .sums import weighted_sum
 from .ties import elect_and_merge
 
@@ -31,7 +31,8 @@ def thinned(vectors: torch.Tensor, settings: MergeSettings) -> torch.Tensor:
     """
     Each entry becomes 0 with probability 1 - density, else it is divided by the density, so that its mean stays.
 
-    The draws depend on seed, expert and tensor by name, so neither the order of work nor other experts change them.
+    The draws depend on seed, expert and tensor by name, so neither the order of work nor other experts change them; each
+    `PIECE` entries have draws of their own, so that a tensor that is merged in pieces gets those of the whole.
 
     Args:
         vectors: [expert, *shape].
@@ -47,6 +48,14 @@ def thinned(vectors: torch.Tensor, settings: MergeSettings) -> torch.Tensor:
 
 
 def _kept(expert: str, shape: torch.Size, settings: MergeSettings) -> torch.Tensor:
-    digest = hashlib.sha256(f"{settings.seed}:{expert}:{settings.tensor}:dare".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.rand(shape, generator=generator) < settings.density
+    count, first = shape.numel(), settings.start // PIECE
+    draws = [
+        torch.rand(min(PIECE, count - done), generator=_generator(expert, first + number, settings))
+        for number, done in enumerate(range(0, count, PIECE))
+    ]
+    return (torch.cat(draws) if draws else torch.empty(0)).reshape(shape) < settings.density
+
+
+def _generator(expert: str, piece: int, settings: MergeSettings) -> torch.Generator:
+    digest = hashlib.sha256(f"{settings.seed}:{expert}:{settings.tensor}:{piece}:dare".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -25,6 +25,9 @@ MERGE_METHODS: dict[str, Callable[[torch.Tensor, torch.Tensor | None, MergeSetti
     "tsv_m": tsv_m,
 }
 
+WHOLE_MATRICES = ("tsv_m",)
+"""Methods that look at a matrix as a whole; all others merge each entry by itself, and so in pieces."""
+
 # Task arithmetic: 0.3 as in Twin-Merging. TIES: lambda 1, top 20 % (its section 5 without validation data). DARE: its
 # merges are task arithmetic's and TIES' own, its authors' code drops a tenth. TSV-M: lambda 1 (no tuning needed).
 DEFAULTS: dict[str, MethodDefaults] = {

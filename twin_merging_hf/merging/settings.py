@@ -5,6 +5,10 @@ from dataclasses import dataclass
 import torch
 
 
+PIECE = 1 << 18
+"""Entries that methods which look at each entry by itself merge at a time, so that T experts take T pieces of memory."""
+
+
 @dataclass(frozen=True)
 class MethodDefaults:
     """
@@ -28,6 +32,7 @@ class MergeSettings:
     scaling: lambda. density: the share of a task vector's entries that is kept.
     normalize: divide by the weights (see each method).
     names, seed, tensor: what the random masks of DARE are drawn from.
+    start: entry of the tensor at which the piece begins that is merged, a multiple of `PIECE`; 0 for whole tensors.
     thresholds: for each expert, the smallest magnitude that TIES keeps (`trim_thresholds`).
     """
 
@@ -38,6 +43,7 @@ class MergeSettings:
     names: tuple[str, ...] = ()
     seed: int = 0
     tensor: str = ""
+    start: int = 0
     thresholds: tuple[float, ...] | None = None
 
     def weights_like(self, experts: torch.Tensor) -> torch.Tensor:
