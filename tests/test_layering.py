@@ -70,9 +70,11 @@ ALLOWED: dict[str, set[str]] = {
     "probe": {"artifact", "errors", "modeling"},
     "exclusive": {"artifact", "compression", "errors", "low_rank", "modeling", "quantisation", "sparsification"},
     "separation": {
-        "artifact", "budget", "checkpoints", "compression", "errors", "exclusive", "late", "low_rank", "modeling",
-        "preflight", "product_space", "recipe", "shapes", "shared_merge",
+        "artifact", "budget", "checkpoints", "compression", "errors", "exclusive", "journal", "late", "low_rank",
+        "modeling", "preflight", "product_space", "recipe", "shapes", "shared_merge", "workers",
     },
+    "journal": set(),
+    "workers": set(),
     "evaluation": {"checkpoints", "inference", "preflight", "processing", "recipe", "shared_merge"},
     "least_squares": {"modeling"},
     "fitted_merge": {"checkpoints", "errors", "inference", "least_squares", "preflight"},

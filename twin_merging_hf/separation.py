@@ -1,13 +1,16 @@
 """
 The split of Twin-Merging: experts -> shared tensors + exclusive deltas, one tensor at a time (section 4.1, 4.2).
 
-Peak memory is one tensor of every expert, plus the result; deltas of LoRA experts stay products where the merge allows.
-A budget takes two passes: one for the shared tensors and all singular values, one that truncates to the ranks that the
-budget gives.
+Tensors are split by several workers; each has one shared tensor and one expert's delta of it in memory, however many
+experts there are, and what is done goes to a journal on disk where there is one. Deltas of LoRA experts stay products
+where the merge allows. A budget takes two passes: one for the shared tensors and all singular values, one that truncates
+to the ranks that the budget gives.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -20,13 +23,15 @@ from .checkpoints import Checkpoint
 from .compression import FIRST_CAP, Spectrum, rank_for_energy, spectrum
 from .errors import TwinMergingError
 from .exclusive import Stored, direction_bytes, shown, store_entries, store_factors
+from .journal import Journal
 from .late import WHY
-from .low_rank import Delta, LowRank, energy_of
+from .low_rank import Delta, LowRank, Remade, energy_of
 from .preflight import Inputs, uncovered
 from .product_space import product_deltas, rank_bounds
 from .recipe import Recipe
 from .shapes import as_matrix, matrix_shape
-from .shared_merge import merge_tensor
+from .shared_merge import merge_tensor, prepare_merge
+from .workers import each
 
 
 @dataclass
@@ -39,6 +44,7 @@ class Separation:
     coverage: what became of each tensor: treatment, energy kept, bytes.
     energy, kept, lost: squared Frobenius norms over all tensors and experts: of the deltas, of what their truncation keeps,
         and of the deltas minus what is stored (excluded tensors included).
+    spectra: each expert's singular values, by tensor, where a budget has still to choose the ranks.
     """
 
     state: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -49,6 +55,19 @@ class Separation:
     energy: float = 0.0
     kept: float = 0.0
     lost: float = 0.0
+    spectra: dict[str, list[Spectrum]] = field(default_factory=dict)
+
+    def take_in(self, part: "Separation") -> None:
+        """Add what another split holds, of other tensors or of what is still open here."""
+        self.exact += part.exact
+        for mine, theirs in (
+            (self.state, part.state), (self.ranks, part.ranks), (self.sparse, part.sparse),
+            (self.coverage, part.coverage), (self.spectra, part.spectra),
+        ):  # fmt: skip
+            mine.update(theirs)  # type: ignore[attr-defined]
+        self.energy += part.energy
+        self.kept += part.kept
+        self.lost += part.lost
 
     @property
     def delta_bytes(self) -> int:
@@ -73,64 +92,132 @@ def separate(
     inputs: Inputs,
     tick: Callable[[str], None] = lambda name: None,
     ranks: Mapping[str, list[int]] | None = None,
+    journal: Journal | None = None,
+    workers: int | None = None,
 ) -> Separation:
     """
     Merge all backbone tensors and compress what each expert has beyond the shared model; heads are copied exactly.
 
     Args:
+        tick: called with the name of each tensor that is done.
         ranks: of each expert's factors, by tensor, where they are decided already; they come before the recipe's.
+        journal: takes the tensors, and gives those that an earlier run has left; without one, they are in memory.
+        workers: tensors that are worked on at a time; None: one for each core. The result does not depend on it.
 
     Raises:
         TwinMergingError: a non-zero delta that no rule can apply, with the `exclude` line that would drop it; a budget
             that does not even hold the vectors.
     """
-    recipe, first = inputs.recipe, inputs.experts[0]
+    first = inputs.experts[0]
     names = list(first.backbone)
-    not_covered = set(uncovered(first, names))
-    dtype = model_dtype(inputs)
+    prepare_merge(inputs)
+    without_rule = frozenset(uncovered(first, names))
+    split = partial(_split_tensor, inputs=inputs, without_rule=without_rule, ranks=ranks or {})
     result = Separation()
-    spectra: dict[str, list[Spectrum]] = {}
-    for name in names:
-        tick(name)
-        if not first.dtype(name).is_floating_point:
-            result.state[f"shared.{name}"] = _equal_integers(name, inputs)
-            result.coverage[name] = {"treatment": "equal"}
-            continue
-        shared, deltas = _split(name, inputs, dtype)
-        result.state[f"shared.{name}"] = shared
-        if not _needs_compression(result, name, deltas, name in not_covered, inputs, dtype):
-            continue
-        if ranks is not None and name in ranks:
-            _store(result, name, deltas, inputs, ranks[name])
-        elif recipe.exclusive.budget is not None:
-            spectra[name] = [spectrum(_matrix(d), t) for d, t in zip(deltas, _seeds(recipe, name), strict=True)]
-            result.coverage[name] = {}  # keeps the order of the report; filled below
-        else:
-            _store(result, name, deltas, inputs)
-    if spectra:
-        _spend_budget(result, spectra, inputs)
-    _copy_heads(result, inputs, dtype)
+    for part in _parts("split", split, names, inputs, journal, workers, tick):
+        result.take_in(part)
+    if result.spectra:
+        _spend_budget(result, inputs, journal, workers)
+    _copy_heads(result, inputs, model_dtype(inputs))
+    return result
+
+
+def _parts(
+    step: str,
+    make: Callable[[str], Separation],
+    names: Sequence[str],
+    inputs: Inputs,
+    journal: Journal | None,
+    workers: int | None,
+    tick: Callable[[str], Any] = lambda name: None,
+) -> list[Separation]:
+    """What `make` gives for each tensor; with a journal it is made only where that lacks it, and lies there afterwards."""
+    backbone = inputs.experts[0].backbone
+    numbers = {name: number for number, name in enumerate(backbone)}
+
+    def part(name: str) -> Separation:
+        if journal is None:
+            return make(name)
+        key = f"{step}-{numbers[name]:05d}"
+        if (found := journal.read(key)) is None:
+            journal.write(key, *_written(make(name)))
+            found = journal.read(key)
+            assert found is not None
+        return _read(*found)
+
+    return each(part, names, workers, lambda name: backbone[name].numel(), tick)
+
+
+def _written(part: Separation) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A part as tensors and as what JSON can hold."""
+    tensors = {f"state.{key}": tensor for key, tensor in part.state.items()}
+    spectra = {}
+    for name, known in part.spectra.items():
+        tensors |= {f"spectrum.{t}": each.squares for t, each in enumerate(known)}
+        spectra[name] = [(each.total, each.complete) for each in known]
+    rest = {key: value for key, value in vars(part).items() if key not in ("state", "spectra")}
+    return tensors, {**rest, "spectra": spectra}
+
+
+def _read(tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> Separation:
+    """The part that `_written` took apart."""
+    state = {key.removeprefix("state."): tensor for key, tensor in tensors.items() if key.startswith("state.")}
+    spectra = {
+        name: [Spectrum(tensors[f"spectrum.{t}"], *known) for t, known in enumerate(all_known)]
+        for name, all_known in record["spectra"].items()
+    }
+    return Separation(**{**record, "state": state, "spectra": spectra})
+
+
+def _split_tensor(
+    name: str, inputs: Inputs, without_rule: frozenset[str], ranks: Mapping[str, list[int]]
+) -> Separation:
+    """The split of one backbone tensor; with a budget, the singular values in place of the factors."""
+    recipe, dtype = inputs.recipe, model_dtype(inputs)
+    result = Separation()
+    if not inputs.experts[0].dtype(name).is_floating_point:
+        result.state[f"shared.{name}"] = _equal_integers(name, inputs)
+        result.coverage[name] = {"treatment": "equal"}
+        return result
+    shared, deltas = _split(name, inputs, dtype)
+    result.state[f"shared.{name}"] = shared
+    if not _needs_compression(result, name, deltas, name in without_rule, inputs, dtype):
+        return result
+    if name in ranks:
+        _store(result, name, deltas, inputs, ranks[name])
+    elif recipe.exclusive.budget is not None:
+        seeds = _seeds(recipe, name)
+        result.spectra[name] = [spectrum(_matrix(deltas[t]), seed) for t, seed in enumerate(seeds)]
+        result.coverage[name] = {}  # keeps the order of the report; filled when the ranks are chosen
+    else:
+        _store(result, name, deltas, inputs)
     return result
 
 
 def _split(
     name: str, inputs: Inputs, dtype: torch.dtype, shared: torch.Tensor | None = None
-) -> tuple[torch.Tensor, list[Delta]]:
+) -> tuple[torch.Tensor, Sequence[Delta]]:
     """Shared tensor (the given one, if any) and deltas of one parameter; those of LoRA experts as products if possible."""
     products = product_deltas(inputs, name)
     if products is not None:
         return products[0].to(dtype).contiguous(), products[1]
-    experts = [checkpoint.tensor(name) for checkpoint in inputs.experts]
-    shared = _shared_tensor(name, experts, inputs, dtype) if shared is None else shared
-    return shared, [_delta(expert, shared) for expert in experts]
+    if shared is None:
+        shared = _shared_tensor(name, inputs, dtype)
+    return shared, Remade(len(inputs.experts), lambda t: _delta(inputs.experts[t].tensor(name), shared))
 
 
 def _delta(expert: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
-    return expert.to(torch.float32) - shared.to(torch.float32)
+    if expert.dtype == torch.float32:
+        return expert - shared.to(torch.float32)
+    return expert.to(torch.float32).sub_(shared)  # in place, for there may be no room for another one
 
 
 def _matrix(delta: Delta) -> Delta:
     return delta if isinstance(delta, LowRank) else as_matrix(delta)
+
+
+def _dense(matrix: Delta) -> torch.Tensor:
+    return matrix.dense() if isinstance(matrix, LowRank) else matrix
 
 
 def _equal_integers(name: str, inputs: Inputs) -> torch.Tensor:
@@ -204,14 +291,14 @@ def planned_bytes(inputs: Inputs) -> PlannedBytes:
     return PlannedBytes(shared, deltas, None)
 
 
-def _shared_tensor(name: str, experts: list[torch.Tensor], inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:
+def _shared_tensor(name: str, inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:
     if inputs.shared is not None:
         return inputs.shared.tensor(name).to(dtype)
-    return merge_tensor(inputs, name, experts=experts).to(dtype).contiguous()
+    return merge_tensor(inputs, name).to(dtype).contiguous()
 
 
 def _needs_compression(
-    result: Separation, name: str, deltas: list[Delta], no_rule: bool, inputs: Inputs, dtype: torch.dtype
+    result: Separation, name: str, deltas: Sequence[Delta], no_rule: bool, inputs: Inputs, dtype: torch.dtype
 ) -> bool:
     """Settle tensors that are equal, excluded or vectors; true for those whose deltas are to be compressed."""
     energies = [energy_of(delta) for delta in deltas]
@@ -230,9 +317,9 @@ def _needs_compression(
             f"tensor {name!r} differs between experts, but no rule can apply a delta of it per row; to drop what the "
             f"experts have there on purpose, add to the recipe: exclude: ['{name}']"
         )
-    vectors = [delta for delta in deltas if not isinstance(delta, LowRank) and is_vector(delta.shape)]
-    if not vectors:
+    if not is_vector(inputs.experts[0].backbone[name]):
         return True
+    vectors: list[Any] = list(deltas)
     result.exact.append(name)
     # Vectors weigh nothing and norms react to rounding, so they keep the model's own precision.
     result.state[exact_key(name)] = torch.stack(vectors).to(dtype)
@@ -241,13 +328,13 @@ def _needs_compression(
     return False
 
 
-def _store(result: Separation, name: str, deltas: list[Delta], inputs: Inputs, given: list | None = None) -> None:
+def _store(result: Separation, name: str, deltas: Sequence[Delta], inputs: Inputs, given: list | None = None) -> None:
     """Compress the deltas of one matrix by the recipe's method, to the `given` ranks if there are any."""
     how, seeds = inputs.recipe.exclusive, _seeds(inputs.recipe, name)
     dtype, storage = model_dtype(inputs), factor_dtype(inputs)
-    matrices = [_matrix(delta) for delta in deltas]
+    matrices = Remade(len(deltas), lambda t: _matrix(deltas[t]))
     if how.method != "svd":
-        entries = [matrix.dense() if isinstance(matrix, LowRank) else matrix for matrix in matrices]
+        entries = Remade(len(deltas), lambda t: _dense(matrices[t]))
         stored = store_entries(name, entries, how.method, how.ratio or 0, seeds, storage)
         _add(result, name, stored, result.sparse, "sparse", "entries")
         return
@@ -273,7 +360,7 @@ def _add(result: Separation, name: str, stored: Stored, sizes: dict, treatment: 
         result.coverage[name]["dropped_energy"] = sum(result.coverage[name]["energy"])
 
 
-def _spend_budget(result: Separation, spectra: dict[str, list[Spectrum]], inputs: Inputs) -> None:
+def _spend_budget(result: Separation, inputs: Inputs, journal: Journal | None, workers: int | None) -> None:
     """Second pass of a budget: choose the ranks, read the experts again, truncate."""
     budget = inputs.recipe.exclusive.budget or 0
     limit, vectors = int(budget * result.shared_bytes), result.delta_bytes
@@ -282,17 +369,22 @@ def _spend_budget(result: Separation, spectra: dict[str, list[Spectrum]], inputs
             f"`exclusive.budget` is {budget}: {limit} bytes, but the vectors' deltas alone, which are kept exactly, take "
             f"{vectors}; give at least {vectors / result.shared_bytes:.4f} (or `exclude` vectors)"
         )
-    ranks = _budget_ranks(result, spectra, limit - vectors, inputs)
-    for name, chosen in ranks.items():
+    ranks = _budget_ranks(result, limit - vectors, inputs)
+    result.spectra = {}
+
+    def truncated(name: str) -> Separation:
+        part = Separation()
         deltas = _split(name, inputs, model_dtype(inputs), result.state[f"shared.{name}"])[1]
-        _store(result, name, deltas, inputs, chosen)
+        _store(part, name, deltas, inputs, ranks[name])
+        return part
+
+    for part in _parts("truncate", truncated, list(ranks), inputs, journal, workers):
+        result.take_in(part)
 
 
-def _budget_ranks(
-    result: Separation, spectra: dict[str, list[Spectrum]], limit: int, inputs: Inputs
-) -> dict[str, list[int]]:
+def _budget_ranks(result: Separation, limit: int, inputs: Inputs) -> dict[str, list[int]]:
     """Ranks by tensor and expert within `limit` bytes; where one takes all values known of a matrix, more are computed."""
-    dtype, storage = model_dtype(inputs), factor_dtype(inputs)
+    dtype, storage, spectra = model_dtype(inputs), factor_dtype(inputs), result.spectra
     places = [(name, t) for name in spectra for t in range(len(inputs.experts))]
     costs = {n: direction_bytes(*matrix_shape(result.state[f"shared.{n}"].shape), storage, dtype) for n in spectra}
     while True:

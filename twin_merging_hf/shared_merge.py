@@ -22,19 +22,33 @@ def merge_settings(recipe: Recipe, method: str | None = None) -> MergeSettings:
     return replace(settings, names=tuple(recipe.names), seed=recipe.seed)
 
 
+def prepare_merge(inputs: Inputs) -> None:
+    """
+    Find what the merge of every tensor needs to know of all: TIES' thresholds, the fit of least squares.
+
+    `merge_tensor` finds it too; found beforehand, it is found once where several workers merge at the same time. Raises as
+    `merge_tensor`.
+    """
+    if inputs.shared is not None:
+        return
+    if inputs.recipe.merge_method == "ties":
+        trimming(inputs, inputs.recipe)
+    elif inputs.recipe.merge_method == LEAST_SQUARES:
+        names = inputs.experts[0].backbone
+        merge_tensor(inputs, next(name for name in names if inputs.experts[0].dtype(name).is_floating_point))
+
+
 def merge_tensor(
     inputs: Inputs,
     name: str,
     method: str | None = None,
     recipe: Recipe | None = None,
-    experts: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
     The merge of one floating-point backbone tensor, in the type in which the recipe computes.
 
     Args:
         method, recipe: instead of those of the inputs.
-        experts: the experts' tensors, if they have been read already.
 
     Raises:
         TwinMergingError: the method needs a base model and there is none, or it lacks this tensor.
@@ -46,7 +60,7 @@ def merge_tensor(
         means = replace(recipe, normalize=True)
         fitted = fitted_tensor(inputs, name, settings.weights, lambda n: merge_tensor(inputs, n, "linear", means))
         return fitted.to(getattr(torch, recipe.dtype))
-    experts = experts or [checkpoint.tensor(name) for checkpoint in inputs.experts]
+    experts = [checkpoint.tensor(name) for checkpoint in inputs.experts]
     compute: torch.dtype = getattr(torch, recipe.dtype)
     if method == "linear" and settings.normalize and _all_equal(experts, compute):
         return experts[0].to(compute)  # a mean would round, and leave deltas of nothing but rounding

@@ -1,0 +1,99 @@
+"""
+Finished parts of a split on disk: what keeps a build small, and lets it go on where a killed one stopped.
+
+A part is the split of one tensor: a safetensors file, with what the report says of it in its header. A file gets its name
+when it is whole. The folder lies beside the artifact to be, hidden, and is of no use once that is there.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+_KEY = "key"
+_LOCK = "lock"
+_RECORD = "record"
+
+
+class Journal:
+    """
+    The parts in one folder.
+
+    Args:
+        folder: made if it is not there.
+        key: names everything that the parts depend on; parts of another key are thrown away.
+
+    `found` counts the parts of an earlier run that were there.
+    """
+
+    def __init__(self, folder: Path, key: str):
+        self.folder = folder
+        self.found = 0
+        if not (folder / _KEY).is_file() or (folder / _KEY).read_text(encoding="utf-8") != key:
+            _empty(folder)
+            folder.mkdir(exist_ok=True)
+            (folder / _KEY).write_text(key, encoding="utf-8")
+        self._earlier = {path.name for path in folder.glob("*.safetensors")}
+
+    def read(self, part: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """A part's tensors, which stay in the file until they are looked at, and its record; None if it is not there."""
+        path = self.folder / f"{part}.safetensors"
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as handle:
+                record = json.loads(handle.metadata()[_RECORD])
+                tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - safe_open is no mapping
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            return None  # half of a file that a machine lost with its power: made again
+        if path.name in self._earlier:
+            self.found += 1
+            self._earlier.discard(path.name)
+        return tensors, record
+
+    def write(self, part: str, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
+        """Keep a part."""
+        half = self.folder / f"{part}.half"
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, half, {_RECORD: json.dumps(record)})
+        os.replace(half, self.folder / f"{part}.safetensors")
+
+
+@contextmanager
+def journal(out: Path, key: str, spare: Path) -> Iterator[Journal]:
+    """
+    The journal of a build of `out`; it is there for the next try only if the process is killed inside the block.
+
+    Args:
+        key: as of `Journal`.
+        spare: a folder for the parts where another process is building `out` at this moment.
+    """
+    folder = out.parent / f".{out.name}.parts"
+    lock = FileLock(folder / _LOCK)
+    try:
+        folder.mkdir(exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        folder = spare
+    try:
+        yield Journal(folder, key)
+    finally:
+        _empty(folder)
+        if lock.is_locked:
+            (folder / _LOCK).unlink(missing_ok=True)
+            lock.release()
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.glob("*"):
+        if path.name != _LOCK:
+            path.unlink(missing_ok=True)
