@@ -67,7 +67,8 @@ ALLOWED: dict[str, set[str]] = {
     "preflight": {
         "adapted", "batch_statistics", "checkpoints", "data", "errors", "late", "modeling", "processing", "recipe",
     },
-    "probe": {"artifact", "errors", "modeling"},
+    "deferred": set(),
+    "probe": {"artifact", "deferred", "errors", "modeling"},
     "exclusive": {"artifact", "compression", "errors", "low_rank", "modeling", "quantisation", "sparsification"},
     "separation": {
         "artifact", "budget", "checkpoints", "compression", "errors", "exclusive", "journal", "late", "low_rank",
@@ -75,7 +76,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "journal": set(),
     "workers": set(),
-    "evaluation": {"checkpoints", "inference", "preflight", "processing", "recipe", "shared_merge"},
+    "evaluation": {"checkpoints", "deferred", "inference", "preflight", "processing", "recipe", "shared_merge"},
     "least_squares": {"modeling"},
     "fitted_merge": {"checkpoints", "errors", "inference", "least_squares", "preflight"},
     "shared_merge": {"checkpoints", "errors", "fitted_merge", "merging", "preflight", "recipe"},
@@ -98,9 +99,9 @@ ALLOWED: dict[str, set[str]] = {
         "recipe",
     },
     "builder": {
-        "_version", "align_experts", "artifact", "build_router", "calibration", "checkpoints", "errors", "hub_upload",
-        "modeling", "pictures",
-        "preflight", "probe", "progress", "recipe", "row_hashes", "separation", "source_card", "verdict",
+        "_version", "align_experts", "artifact", "build_router", "calibration", "checkpoints", "deferred", "errors",
+        "hub_upload", "journal", "modeling", "pictures", "preflight", "probe", "progress", "recipe", "row_hashes",
+        "separation", "source_card", "verdict",
     },
     "tuned_recipe": {"distributed", "errors", "recipe"},
     "tuning": {

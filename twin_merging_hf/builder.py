@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import importlib.util
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from twin_merging_hf import modeling
 from twin_merging_hf.hub_upload.model_card import write_card
 from twin_merging_hf.modeling import TwinMergingConfig
 from twin_merging_hf.modeling.modeling_twin_merging import AUTO_MAP
+from twin_merging_hf.modeling.routing_twin_merging import new_router
 from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
 
 from ._version import __version__
@@ -22,7 +24,9 @@ from .artifact import LAYOUT, Storage, check_files, label_fields, refuse_existin
 from .build_router import make_router, router_type
 from .calibration import calibrate, calibration_rows
 from .checkpoints import Checkpoint, commit_of, generation_settings, settings_fingerprint
+from .deferred import empty_model, put, widened
 from .errors import TwinMergingError
+from .journal import Journal, journal
 from .pictures import draw_confusion
 from .preflight import Inputs, preflight
 from .probe import probe
@@ -32,6 +36,11 @@ from .row_hashes import recorded_hashes, row_hash, write_hashes
 from .separation import Separation, factor_dtype, model_dtype, planned_bytes, separate
 from .source_card import card_facts
 from .verdict import Verdict, mean_label, reach_verdict
+
+
+LARGE = 1 << 31
+"""Bytes of a shared model in float32 from which on a build does not hold it in memory as a whole."""
+_SHARD = "1GB"  # what is in memory while weights are written
 
 
 @dataclass(frozen=True)
@@ -76,13 +85,24 @@ def plan_build(recipe: Recipe | str | Path, out: str | Path, progress: Progress 
         inputs.close()
 
 
-def build_artifact(recipe: Recipe | str | Path, out: str | Path, progress: Progress | None = None) -> BuildResult:
+def build_artifact(
+    recipe: Recipe | str | Path,
+    out: str | Path,
+    progress: Progress | None = None,
+    workers: int | None = None,
+    low_memory: bool | None = None,
+) -> BuildResult:
     """
     Build one artifact from experts.
+
+    A build whose process was killed goes on where it was, if it is started again.
 
     Args:
         recipe: a `Recipe` or the path of a recipe file.
         out: the artifact's folder; must not exist. It appears at once, when all is done.
+        workers: tensors that are merged and compressed at a time, each by one thread; None: one for each core.
+        low_memory: hold no model in memory as a whole, whatever its size: slower where rows are run. None: where the
+            shared model takes more than 2 GiB in float32. The result does not depend on it.
 
     Raises:
         TwinMergingError: something in the inputs that the user can fix; nothing is written then.
@@ -95,21 +115,39 @@ def build_artifact(recipe: Recipe | str | Path, out: str | Path, progress: Progr
     inputs = preflight(recipe, progress.say)
     try:
         inputs = align_inputs(inputs, progress)
-        with staged(out) as folder, no_loading_bars():
-            report, verdict = _build_into(folder, inputs, progress)
+        inputs.low_memory = _is_large(inputs) if low_memory is None else low_memory
+        with staged(out) as folder, journal(out, _key(inputs), folder / "parts") as parts, no_loading_bars():
+            report, verdict = _build_into(folder, inputs, progress, parts, workers)
     finally:
         inputs.close()
     return BuildResult(out, report, verdict)
 
 
-def _build_into(folder: Path, inputs: Inputs, progress: Progress) -> tuple[dict, Verdict]:
+def _is_large(inputs: Inputs) -> bool:
+    return 4 * sum(shape.numel() for shape in inputs.experts[0].backbone.values()) > LARGE
+
+
+def _key(inputs: Inputs) -> str:
+    """Names all that the split depends on: recipe, experts, rows, and what computes it."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        code.update(path.read_bytes())
+    found = [repr(inputs.recipe), _provenance(inputs), data_report(inputs), code.hexdigest()]
+    return hashlib.sha256(json.dumps(found, default=str).encode()).hexdigest()
+
+
+def _build_into(
+    folder: Path, inputs: Inputs, progress: Progress, parts: Journal, workers: int | None
+) -> tuple[dict, Verdict]:
     names = progress.counter("merging and compressing", len(inputs.experts[0].backbone))
     inputs.on_fit = lambda name: names.set_postfix_str(f"fitting {name}")
-    separation = separate(inputs, tick=lambda name: names.update())
+    separation = separate(inputs, lambda name: names.update(), journal=parts, workers=workers)
     names.close()
+    if parts.found:
+        progress.say(f"{parts.found} finished tensors were there from a build that was killed")
     model, router = make_router(lambda fields: _assemble(separation, inputs, fields), separation, inputs, progress)
     _save(model, folder, inputs)
-    loaded = type(model).from_pretrained(folder, config=model.config, dtype=torch.float32).eval()
+    loaded = _loaded(type(model), folder, model.config, inputs.low_memory)
     del model
     progress.say("probing: a batch that mixes experts against dense models")
     difference = probe(loaded, inputs.recipe.seed)
@@ -174,15 +212,23 @@ def _assemble(separation: Separation, inputs: Inputs, routing: dict[str, Any]) -
     )
     config.auto_map = dict(AUTO_MAP)
     auto_class = find_shared_class(config.shared_class)[1]
-    model = getattr(modeling, AUTO_MAP[auto_class].split(".")[-1])(config).to(dtype)
-    model.router.float()
-    missing, unexpected = model.load_state_dict(separation.state, strict=False)
-    missing = [name for name in missing if not name.startswith("router.") and name not in model.all_tied_weights_keys]
-    if missing or unexpected:
-        raise RuntimeError(f"assembling: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    model_class = getattr(modeling, AUTO_MAP[auto_class].split(".")[-1])
+    model: Any = empty_model(lambda: model_class(config), dtype)
+    model.router = new_router(config).eval()
+    state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in separation.state.items()}
+    missing = [name for name in put(model, state) if not name.startswith("router.")]
+    if missing:
+        raise RuntimeError(f"assembling: missing {missing[:3]}")
     if model.can_generate():
         model.generation_config = generation_settings(first)
-    return model.eval()
+    return model
+
+
+def _loaded(model_class: Any, folder: Path, config: TwinMergingConfig, low_memory: bool) -> Any:
+    """The artifact as anyone would load it, in float32; with `low_memory`, its matrices only while they are read."""
+    if not low_memory:
+        return model_class.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+    return widened(model_class.from_pretrained(folder, config=config, dtype=config.dtype).eval())
 
 
 def _save(model: Any, folder: Path, inputs: Inputs) -> None:
@@ -203,7 +249,7 @@ def _save(model: Any, folder: Path, inputs: Inputs) -> None:
 def save_weights(model: Any, folder: Path) -> None:
     """Write weights and model code, and no config yet."""
     parts = folder / "parts"
-    model.save_pretrained(parts)
+    model.save_pretrained(parts, max_shard_size=_SHARD)
     (parts / LAYOUT.config).unlink()  # written again at the end: until then, nothing here shall load
     for path in parts.iterdir():
         path.rename(folder / path.name)

@@ -67,6 +67,7 @@ class Checkpoint:
     statistics: Statistics = field(default_factory=dict, repr=False, compare=False)
     """Statistics in which the batch norms are read (`batch_statistics`); where empty, they are read as stored."""
     _handles: dict[Path, Any] = field(default_factory=dict, repr=False)
+    _fingerprint: str = field(default="", repr=False, compare=False)
 
     @property
     def prefix(self) -> str:
@@ -194,7 +195,9 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """SHA-256 of the weight files, in order of their names."""
-        return weights_fingerprint(self.path, self.role)
+        if not self._fingerprint:  # all files are read for it
+            self._fingerprint = weights_fingerprint(self.path, self.role)
+        return self._fingerprint
 
     def load_model(self) -> PreTrainedModel:
         """The checkpoint as its own stock class, float32."""

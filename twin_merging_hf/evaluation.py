@@ -1,5 +1,6 @@
 """Predictions and scores of experts, static merges and artifacts on labelled rows, all counted the same way."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .checkpoints import Checkpoint
+from .deferred import deferred, empty_model, put
 from .inference import run_over
 from .preflight import Inputs
 from .processing import Processing
@@ -16,9 +18,21 @@ from .recipe import Recipe
 from .shared_merge import merge_tensor
 
 
-def checkpoint_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The expert itself, as its own stock class, float32."""
-    return checkpoint.load_model()
+def checkpoint_model(checkpoint: Checkpoint, low_memory: bool = False) -> PreTrainedModel:
+    """The expert itself, as its own stock class, float32; with `low_memory`, its matrices only while they are read."""
+    if not low_memory:
+        return checkpoint.load_model()
+    model: Any = empty_model(lambda: checkpoint.task_class(copy.deepcopy(checkpoint.config)))
+    missing = put(model, {name: _read_later(checkpoint, name) for name in checkpoint.places})
+    if missing:
+        raise RuntimeError(f"{checkpoint.role}: {missing[:3]} left empty")
+    return model
+
+
+def _read_later(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    if not checkpoint.dtype(name).is_floating_point:
+        return checkpoint.tensor(name)
+    return deferred(checkpoint.shape(name), lambda: checkpoint.tensor(name).float())
 
 
 def static_merge(inputs: Inputs, expert: int, method: str, recipe: Recipe | None = None) -> PreTrainedModel:

@@ -64,6 +64,8 @@ class Inputs:
     """What TIES keeps of each expert, by density and type of computing; filled where it is needed first."""
     fitted: dict[tuple, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False)
     """Backbone tensors of shared models that were fitted as a whole, by method and the experts' weights; filled likewise."""
+    low_memory: bool = False
+    """Whether no model may be in memory as a whole."""
     on_fit: Callable[[str], Any] = field(default=lambda name: None, repr=False)
     """Called with the name of each module that is fitted, which takes seconds."""
 

@@ -6,6 +6,7 @@ weights of a stock task model, and runs that.
 """
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
 from twin_merging_hf.modeling.tags_twin_merging import OUTSIDE
 
 from .artifact import exact_key, factor_keys, scale_key, sparse_keys
+from .deferred import deferred, empty_model, put
 from .errors import TwinMergingError
 
 
@@ -61,7 +63,7 @@ def dense_model(
     task_config = copy.deepcopy(config.shared_config)
     if config.head_modules:
         task_config.num_labels = len(config.experts[head]["labels"])
-    model = find_shared_class(config.shared_class)[0](task_config).float().eval()
+    model: Any = empty_model(lambda: find_shared_class(config.shared_class)[0](task_config))
     state = {}
     for name, parameter in model.state_dict().items():
         if name in model.all_tied_weights_keys:  # comes with the one that it is tied to
@@ -69,12 +71,20 @@ def dense_model(
         module = next((m for m in config.head_modules if name.startswith(f"{m}.")), None)
         if module is not None:
             state[name] = tensors[f"shared.{module}.heads.{head}.{name.removeprefix(f'{module}.')}"].float()
+        elif not parameter.is_floating_point():
+            state[name] = tensors[f"shared.{name}"]
         else:
-            state[name] = tensors[f"shared.{name}"].float() + dense_delta(
-                config, tensors, weights, name, parameter.shape
+            state[name] = deferred(
+                parameter.shape, partial(_dense_tensor, config, tensors, weights, name, parameter.shape)
             )
-    model.load_state_dict(state, strict=not model.all_tied_weights_keys)
+    put(model, state)
     return model
+
+
+def _dense_tensor(
+    config: TwinMergingConfig, tensors: dict[str, torch.Tensor], weights: torch.Tensor, name: str, shape: torch.Size
+) -> torch.Tensor:
+    return dense_delta(config, tensors, weights, name, shape) + tensors[f"shared.{name}"]
 
 
 def dense_delta(
@@ -99,7 +109,8 @@ def dense_delta(
     total = torch.zeros(m, n)
     start = 0
     for weight, rank in zip(weights, config.ranks[name], strict=True):
-        total += weight * (up[:, start : start + rank] @ down[start : start + rank])
+        if weight != 0:
+            total.addmm_(up[:, start : start + rank], down[start : start + rank], alpha=float(weight))
         start += rank
     return total.reshape(shape)
 

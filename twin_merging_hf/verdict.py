@@ -76,7 +76,7 @@ def reach_verdict(
         if language:
             routed[name], given[name] = _language_agreement(model, checkpoint, name, rows, inputs, bar.update)
             continue
-        reference = model_outputs(checkpoint_model(checkpoint), rows, inputs.processing, bar.update)
+        reference = model_outputs(checkpoint_model(checkpoint, inputs.low_memory), rows, inputs.processing, bar.update)
         mean = mean_label(inputs.rows[index].train)
         by_itself = artifact_outputs(model, rows, inputs.processing, tick=bar.update)
         by_hand = artifact_outputs(model, rows, inputs.processing, name, tick=bar.update)
@@ -100,7 +100,7 @@ def _language_agreement(
 ) -> tuple[float, float]:
     """Share of places at which the artifact would write the expert's own token: routed, and with the expert given."""
     assert inputs.processing is not None
-    reference = predicted_tokens(checkpoint_model(checkpoint), rows, inputs.processing, tick=tick)
+    reference = predicted_tokens(checkpoint_model(checkpoint, inputs.low_memory), rows, inputs.processing, tick=tick)
     by_itself = predicted_tokens(model, rows, inputs.processing, routed=True, tick=tick)
     by_hand = predicted_tokens(model, rows, inputs.processing, experts=name, tick=tick)
     return round(token_agreement(by_itself, reference), 4), round(token_agreement(by_hand, reference), 4)
