@@ -85,8 +85,8 @@ ALLOWED: dict[str, set[str]] = {
     "starter": {"adapted", "checkpoints", "data", "errors", "initialisation", "modeling", "preflight", "processing"},
     "progress": set(),
     "build_router": {
-        "checkpoints", "closed_form", "data", "errors", "inference", "modeling", "preflight", "probe", "progress", "recipe",
-        "router_choice", "router_training", "separation",
+        "checkpoints", "closed_form", "data", "deferred", "errors", "inference", "modeling", "preflight", "probe",
+        "progress", "recipe", "router_choice", "router_training", "separation",
     },
     "calibration": {"evaluation", "modeling", "preflight", "temperature"},
     "initialisation": {"checkpoints"},

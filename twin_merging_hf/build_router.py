@@ -14,6 +14,7 @@ from twin_merging_hf.modeling.routing_twin_merging import ProjectionRouter, new_
 from .checkpoints import Checkpoint
 from .closed_form import fit_novelty
 from .data import READ_AS_TEXT
+from .deferred import empty_model
 from .errors import TwinMergingError
 from .inference import run_over, token_ids
 from .preflight import Inputs
@@ -106,7 +107,7 @@ def readers_of_layer(first: Checkpoint, layer: str) -> list[str]:
     Names of the modules of a layer that read one and the same first state (query, key, value; or the convolutions at its
     entrance), found by a run.
     """
-    model = first.task_class(first.config).eval()
+    model: Any = empty_model(lambda: first.task_class(first.config))  # what it computes does not matter
     calls: list[tuple[str, torch.Tensor]] = []
     for name, module in model.get_submodule(layer).named_modules():
         if type(module) in (nn.Linear, Conv1D) or (isinstance(module, nn.Conv2d) and module.groups == 1):

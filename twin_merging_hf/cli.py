@@ -118,8 +118,19 @@ def build(
     out: Annotated[Path, typer.Argument(help="Folder of the artifact; must not exist.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Tensors that are merged and compressed at a time; default: one per core.")
+    ] = None,
+    low_memory: Annotated[
+        bool | None,
+        typer.Option(
+            "--low-memory/--whole-models",
+            help="Hold no model in memory as a whole; default: above 2 GiB in float32. The artifact is the same.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Build one artifact from the experts of a recipe."""
+    """Build one artifact from the experts of a recipe. A build that was killed goes on if it is started again."""
     from .builder import build_artifact, plan_build
     from .progress import Progress
     from .verdict import describe
@@ -129,7 +140,7 @@ def build(
         if dry_run:
             _print_plan(plan_build(recipe, out, progress), recipe, out)
             return
-        result = build_artifact(recipe, out, progress)
+        result = build_artifact(recipe, out, progress, workers, low_memory)
         size = result.report["storage"]
         typer.echo("\nVerdict")
         for line in describe(result.verdict):

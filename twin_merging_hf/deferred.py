@@ -35,10 +35,10 @@ class Deferred(torch.Tensor):
         made.make = make
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):  # type: ignore[override]
         if operation in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return cls(args[0].shape, args[0].make)
         made_args, made_kwargs = tree_map_only(Deferred, lambda tensor: tensor.make(), (args, kwargs or {}))

@@ -13,7 +13,7 @@ import torch
 # Below this share of the largest singular value a direction is rounding of float32 factors, and no direction of its own.
 _ROUNDING = 1e-7
 # Sums in double precision go through a dense matrix in pieces of so many entries, so that no second one comes into being.
-_PIECE = 1 << 20
+_PIECE = 1 << 18
 
 
 @dataclass(frozen=True)

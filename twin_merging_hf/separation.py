@@ -60,11 +60,11 @@ class Separation:
     def take_in(self, part: "Separation") -> None:
         """Add what another split holds, of other tensors or of what is still open here."""
         self.exact += part.exact
-        for mine, theirs in (
-            (self.state, part.state), (self.ranks, part.ranks), (self.sparse, part.sparse),
-            (self.coverage, part.coverage), (self.spectra, part.spectra),
-        ):  # fmt: skip
-            mine.update(theirs)  # type: ignore[attr-defined]
+        self.state.update(part.state)
+        self.ranks.update(part.ranks)
+        self.sparse.update(part.sparse)
+        self.coverage.update(part.coverage)
+        self.spectra.update(part.spectra)
         self.energy += part.energy
         self.kept += part.kept
         self.lost += part.lost
@@ -334,7 +334,7 @@ def _store(result: Separation, name: str, deltas: Sequence[Delta], inputs: Input
     dtype, storage = model_dtype(inputs), factor_dtype(inputs)
     matrices = Remade(len(deltas), lambda t: _matrix(deltas[t]))
     if how.method != "svd":
-        entries = Remade(len(deltas), lambda t: _dense(matrices[t]))
+        entries: Sequence[Any] = Remade(len(deltas), lambda t: _dense(matrices[t]))
         stored = store_entries(name, entries, how.method, how.ratio or 0, seeds, storage)
         _add(result, name, stored, result.sparse, "sparse", "entries")
         return
