@@ -45,6 +45,8 @@ def test_public_names_are_these():
     assert merging.__all__ == [
         "DEFAULTS",
         "MERGE_METHODS",
+        "PIECE",
+        "WHOLE_MATRICES",
         "MergeSettings",
         "MethodDefaults",
         "dare_linear",
