@@ -80,7 +80,7 @@ def journal(out: Path, key: str, spare: Path) -> Iterator[Journal]:
     try:
         folder.mkdir(exist_ok=True)
         lock.acquire(timeout=0)
-    except Timeout:
+    except (Timeout, OSError, NotImplementedError):  # another build has it, or the file system knows no locks
         folder = spare
     try:
         yield Journal(folder, key)
