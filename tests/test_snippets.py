@@ -67,6 +67,7 @@ NOT_RUN = {
     "docs/hub.md python 1": "downloads; tests/hub_upload/ does so from a Hub on loopback",
     "docs/hub.md bash 3": "uploads; tests/test_space.py writes the page and uses it in a browser",
     "docs/hub.md bash 2": "its rows are the reader's; tests/test_evaluate.py runs the command",
+    "docs/large_builds.md bash 1": "its recipe is the reader's; tests/test_large_builds.py builds with these options",
     "docs/lora.md python 1": "its base is a Hub model that has moved; tests/test_lora.py moves one",
     "docs/lora.md yaml 2": "part of a recipe; its base is the reader's",
     "docs/serving.md bash 1": "needs vLLM; tests/serving/ runs the command with a stand-in",
