@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import constants
+from tqdm import tqdm
 
 from tests.conftest import load
 from tests.stub_hub import TOKEN, StubHub
@@ -186,6 +187,8 @@ def in_repo(stub: StubHub, name: str, folder: Path) -> bool:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    # By default forks share the lock of progress bars, and whoever is killed while it has it stops all others.
+    tqdm.set_lock(threading.RLock())
     where, (total_count, total_steps, seed) = Path(sys.argv[2]), map(int, sys.argv[3:])
     for kill_all in (kill_saves, kill_uploads):
         kill_all(Path(sys.argv[1]), where, total_count, total_steps, random.Random(seed))
