@@ -148,6 +148,8 @@ def test_neighbours_vote_as_plain_distances_say():
     features, owners = planted(60, distance=12.0)
     router = NeighbourRouter(SIZE, EXPERTS, 5, 20, 7)
     fit_neighbours(router, features, owners, 0)
+    mean = (features @ router.projection.T + router.shift).mean(0)  # distances near the origin round the least
+    torch.testing.assert_close(mean, torch.zeros(5), rtol=0, atol=1e-4)
     x, truth = planted(60, distance=12.0, seed=1)
     points = x.double() @ router.projection.double().T + router.shift.double()
     exemplars = router.exemplars.double().reshape(-1, 5)

@@ -53,6 +53,23 @@ BAD: dict[str, tuple[dict, str]] = {
     "NaN temperature": ({"router_temperature": float("nan")}, "`router_temperature` must be positive"),
     "top_k of 0": ({"router_top_k": 0}, "`router_top_k` must be between 1 and 2"),
     "top_k of 3": ({"router_top_k": 3}, "`router_top_k` must be between 1 and 2"),
+    "a hash that is none": (
+        {"shared_reference": {"model": "me/base", "sha256": "A" * 64}},
+        "`shared_reference` must give `model` and the `sha256`",
+    ),
+    "a distance without end": (
+        {"router_none_distance": float("inf")},
+        "`router_none_distance` must be a finite number",
+    ),
+    "a distance that is a switch": ({"router_none_distance": True}, "`router_none_distance` must be a finite number"),
+    "a dimension of 0": ({"router_none_dimension": 0}, "`router_none_dimension` must be a positive integer.*got 0"),
+    "half a dimension": ({"router_none_dimension": 1.5}, "`router_none_dimension` must be a positive.*got 1.5"),
+    "no neighbours": (
+        {"router_type": "knn", "router_rank": 2, "router_exemplars": 3, "router_neighbours": 0},
+        "`router_type='knn'` needs",
+    ),
+    "one expert's centres": ({"router_type": "centroid", "router_centres": [2]}, "`router_centres`"),
+    "an expert without centres": ({"router_type": "centroid", "router_centres": [2, 0]}, "`router_centres`"),
     "input size": ({"router_input_size": 0}, "`router_input_size`"),
     "factor dtype": ({"factor_dtype": "int3"}, "`factor_dtype` must be one of.*'int3'"),
     "too few ranks": ({"ranks": {WEIGHT: [2]}}, f"`ranks\\['{WEIGHT}'\\]`.*2 experts"),

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.modeling.dense import assert_close
 from tests.modeling.random_model import random_bert
 from twin_merging_hf.modeling import costs_twin_merging
-from twin_merging_hf.modeling.costs_twin_merging import Costs, constants_for, measure_constants
+from twin_merging_hf.modeling.costs_twin_merging import DEFAULTS, Costs, constants_for, measure_constants
 
 
 BATCH, TOKENS, RANK = 8, 32, 4
@@ -216,8 +216,10 @@ def test_a_measured_device_is_believed_from_then_on(monkeypatch):
     device = torch.device("cpu")
     assumed, other = (constants_for(device, dtype) for dtype in (torch.float32, torch.bfloat16))
     found = measure_constants(device, torch.float32)
+    assert assumed == DEFAULTS["cpu", torch.float32] and other == DEFAULTS["cpu", torch.bfloat16]
+    assert constants_for(torch.device("cuda"), torch.float16) == DEFAULTS["cuda", torch.bfloat16]
     assert found != assumed and constants_for(device, torch.bfloat16) is other  # only the type that was measured
     assert constants_for(device, torch.float32) is found is measure_constants(device, torch.float32)
-    assert 0 < found.thin <= 1 and 0 < found.batched <= 1
+    assert 1e-3 < found.thin <= 1 and 1e-3 < found.batched <= 1
     # A processor of any age lies within these, and a mistaken unit or an inverted ratio does not.
     assert 1e8 < found.flops < 1e14 and 1e8 < found.bandwidth < 1e13 and 1e-8 < found.launch < 1e-2
