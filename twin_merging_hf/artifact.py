@@ -117,8 +117,8 @@ def _storage_error(error: Exception) -> str | None:
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Remove staging folders of `out` whose process is gone."""
-    pattern = re.compile(rf"\.{re.escape(out.name)}\.building-(\d+)")
+    """Remove folders in which a process that is gone was building `out`."""
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.(?:building|parts)-(\d+)")
     for path in out.parent.iterdir():
         match = pattern.fullmatch(path.name)
         if match and not is_running(int(match.group(1))):

@@ -116,7 +116,7 @@ def build_artifact(
     try:
         inputs = align_inputs(inputs, progress)
         inputs.low_memory = _is_large(inputs) if low_memory is None else low_memory
-        with staged(out) as folder, journal(out, _key(inputs), folder / "parts") as parts, no_loading_bars():
+        with staged(out) as folder, journal(out, _key(inputs)) as parts, no_loading_bars():
             report, verdict = _build_into(folder, inputs, progress, parts, workers)
     finally:
         inputs.close()

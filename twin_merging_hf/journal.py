@@ -67,13 +67,14 @@ class Journal:
 
 
 @contextmanager
-def journal(out: Path, key: str, spare: Path) -> Iterator[Journal]:
+def journal(out: Path, key: str) -> Iterator[Journal]:
     """
     The journal of a build of `out`; it is there for the next try only if the process is killed inside the block.
 
+    Where another process is building `out` at this moment, the parts go to a folder that is this process's alone.
+
     Args:
         key: as of `Journal`.
-        spare: a folder for the parts where another process is building `out` at this moment.
     """
     folder = out.parent / f".{out.name}.parts"
     lock = FileLock(folder / _LOCK)
@@ -81,7 +82,7 @@ def journal(out: Path, key: str, spare: Path) -> Iterator[Journal]:
         folder.mkdir(exist_ok=True)
         lock.acquire(timeout=0)
     except (Timeout, OSError, NotImplementedError):  # another build has it, or the file system knows no locks
-        folder = spare
+        folder = out.parent / f".{out.name}.parts-{os.getpid()}"
     try:
         yield Journal(folder, key)
     finally:
