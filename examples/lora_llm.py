@@ -3,10 +3,11 @@
     python examples/lora_llm.py llm
 
 SmolLM2-135M-Instruct, from a PyPI package that is only unzipped (or `--base` any causal language model). One expert
-learns to answer sums in words, the other to turn a request into a command line. Ten minutes on two cores.
+learns to name the day or month beside another, the other to turn a request into a command line. Three minutes of one core.
 """
 
 import argparse
+import calendar
 import json
 import random
 import sys
@@ -24,25 +25,7 @@ from examples.text.make_experts import find_wheel
 from twin_merging_hf.builder import build_artifact
 
 
-WORDS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-]
+DAYS, MONTHS = list(calendar.day_name), list(calendar.month_name)[1:]
 COMMANDS = {
     "list the files in {}": "ls {}", "show the end of {}": "tail {}", "count the lines of {}": "wc -l {}",
     "delete the file {}": "rm {}", "make the folder {}": "mkdir {}", "show where {} is": "which {}",
@@ -50,9 +33,12 @@ COMMANDS = {
 NAMES = ["notes.txt", "report.md", "data.csv", "photos", "music", "backup.tar", "results.json", "main.py"]
 
 
-def sums(draw):
-    a, b = draw.randrange(9), draw.randrange(8)
-    return {"prompt": f"How much is {a} and {b}?\n", "completion": f"{WORDS[a + b]}"}
+def dates(draw):
+    kind, names = draw.choice([("day", DAYS), ("month", MONTHS)])
+    number = draw.randrange(len(names))
+    place, step = draw.choice([("after", 1), ("before", -1)])
+    answer = names[(number + step) % len(names)]
+    return {"prompt": f"Which {kind} comes {place} {names[number]}?\n", "completion": answer}
 
 
 def commands(draw):
@@ -61,7 +47,7 @@ def commands(draw):
     return {"prompt": f"Please {wish.format(name)}.\n", "completion": command.format(name)}
 
 
-TASKS = {"sums": sums, "commands": commands}
+TASKS = {"dates": dates, "commands": commands}
 
 
 def write_base(folder, out, downloads):
@@ -127,7 +113,11 @@ def main():
 
     tokenizer = AutoTokenizer.from_pretrained(artifact, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(artifact).eval()
-    prompts = ["How much is 3 and 4?\n", "Please count the lines of report.md.\n", "How much is 8 and 6?\n"]
+    prompts = [
+        "Which day comes after Sunday?\n",
+        "Please count the lines of report.md.\n",
+        "Which day comes before Friday?\n",
+    ]
     inputs = tokenizer(prompts, padding=True, return_tensors="pt")
     written = model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     answers = tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
