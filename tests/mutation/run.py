@@ -15,6 +15,7 @@ with `--extra` tests that were written since (files will do).
 import argparse
 import compileall
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -98,10 +99,10 @@ def _child(tests: Sequence[str], scratch: Path, watch: Watch, flags: Sequence[st
         output = os.open(scratch / "output.txt", os.O_WRONLY | os.O_CREAT)
         os.dup2(output, 1), os.dup2(output, 2)
         os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
-        options = ["-q", "--tb=short", "-p", "no:cacheprovider", f"--timeout={HANG}", f"--basetemp={scratch / 'tests'}"]
+        options = f"-q --tb=short -p pytest_timeout -p no:cacheprovider --timeout={HANG} --basetemp={scratch / 'tests'}"
         import pytest
 
-        pytest.main([*options, *flags, *tests], plugins=[watch])
+        pytest.main([*options.split(), *flags, *tests], plugins=[watch])
     finally:
         os._exit(0)
 
@@ -146,9 +147,11 @@ def prepare(tree: Path, folder: Path) -> None:
     os.environ |= {
         "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(folder / "hf"), "TOKENIZERS_PARALLELISM": "false",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }  # fmt: skip
     for name in WARM:
         importlib.import_module(name)
+    gc.freeze()  # pytest collects garbage thoroughly, twice a run; what was imported here is none
     loaded = [name for name in sys.modules if name.split(".")[0] in ("twin_merging_hf", "tests")]
     if loaded:
         raise RuntimeError(f"{loaded} are imported already: children would test these instead of the mutants")
