@@ -20,7 +20,7 @@ from twin_merging_hf.recipe import load_recipe
 from twin_merging_hf.separation import separate
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 GIGABYTE = 1 << 30
 EXPERTS = 8
 

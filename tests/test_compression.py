@@ -54,7 +54,7 @@ def test_the_randomised_path_is_as_good_as_the_exact_one(shape, decay):
     assert factors.energy == pytest.approx(1 - error**2 / float(matrix.double().pow(2).sum()), abs=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(20, 30), (200, 150)])
+@pytest.mark.parametrize("shape", [(20, 30), (200, 110)])
 def test_full_rank_gives_the_matrix_back(shape):
     matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(2))
     factors = compress(matrix, 1000, "x")
@@ -74,7 +74,7 @@ def test_both_factors_carry_half_of_the_scale():
     torch.testing.assert_close(factors.up.norm(dim=0), factors.down.norm(dim=1))
 
 
-@pytest.mark.parametrize("shape", [(20, 30), (200, 150)])
+@pytest.mark.parametrize("shape", [(20, 30), (200, 110)])
 @pytest.mark.parametrize("rank", [0, 3])
 def test_zero_has_factors_too(shape, rank):
     factors = compress(torch.zeros(*shape), rank, "x")
@@ -111,7 +111,7 @@ def test_narrow_matrices_are_compressed_in_float32():
     assert compress(random_matrix(9, 9).bfloat16(), 2, "x").up.dtype == torch.float32
 
 
-@pytest.mark.parametrize("shape", [(20, 30), (200, 150)])
+@pytest.mark.parametrize("shape", [(20, 30), (200, 110)])
 def test_where_lapack_fails_in_single_precision_double_helps(monkeypatch, shape):
     matrix, real, failed = random_matrix(*shape, decay=1.0), torch.linalg.svd, []
     expected = compress(matrix, 3, "x")

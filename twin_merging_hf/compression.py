@@ -11,11 +11,11 @@ from .low_rank import Delta, LowRank, energy_of
 # Randomised SVD pays where the rank is small beside the matrix; below this size the exact one costs nothing.
 _EXACT_BELOW = 128
 _OVERSAMPLING = 16
-# Blocks of the Krylov space: at least, and at most before the SVD is done exactly.
-_LEAST_BLOCKS = 5
+# Blocks of the Krylov space: at least, so that gains can be compared, and at most before the SVD is done exactly.
+_LEAST_BLOCKS = 3
 _MOST_BLOCKS = 24
 # What further blocks may still add to the captured energy, as a share of what is left; half of it is the error's excess.
-_UNSETTLED = 2e-4
+_UNSETTLED = 5e-4
 _ROUNDING = 1e-7
 # All singular values come from the Gram matrix up to this size of its side; the leading ones of larger matrices are sketched.
 _GRAM_BELOW = 1024
@@ -94,32 +94,41 @@ def randomised_svd(matrix: torch.Tensor, rank: int, seed_text: str) -> tuple[tor
     """
     total = energy_of(matrix)
     sketch = torch.randn(matrix.shape[1], rank + _OVERSAMPLING, generator=named_generator(seed_text))
-    block = torch.linalg.qr(matrix @ sketch).Q
-    basis = block
-    captured = gain = 0.0
-    for blocks in range(2, _MOST_BLOCKS + 1):
-        if basis.shape[1] + block.shape[1] > min(matrix.shape) // 2:
+    basis = torch.linalg.qr(matrix @ sketch).Q
+    rows = basis.T @ matrix
+    captured: list[float] = []
+    while True:
+        values, vectors = _squared_values(rows)
+        captured.append(float(values[:rank].sum()))
+        if len(captured) >= _LEAST_BLOCKS and _settled(captured, total):
+            s = values[:rank].sqrt()
+            s = torch.where(s > _ROUNDING * s[0], s, 0)  # smaller ones are rounding, and have no direction
+            kept = (vectors[:, :rank].T @ rows.double()) / torch.where(s > 0, s, torch.inf)[:, None]
+            return basis @ vectors[:, :rank].float(), s.float(), kept.float()
+        if len(captured) == _MOST_BLOCKS or basis.shape[1] + sketch.shape[1] > min(matrix.shape) // 2:
             break
-        block = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ block).Q).Q
-        basis = torch.linalg.qr(torch.cat([basis, block], dim=1)).Q
-        if blocks < _LEAST_BLOCKS - 1:
-            continue
-        u, s, vh = exact_svd(basis.T @ matrix)
-        energy = float(s[:rank].double().pow(2).sum())
-        gain_before, gain = gain, energy - captured
-        captured = energy
-        if blocks >= _LEAST_BLOCKS and _settled(gain, gain_before, total - energy, total):
-            return basis @ u[:, :rank], s[:rank], vh[:rank]
+        block = matrix @ torch.linalg.qr(rows[-sketch.shape[1] :].T).Q
+        for _ in range(2):  # twice is enough, also for what has converged, of which the first time leaves only rounding
+            block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
+        basis, rows = torch.cat([basis, block], dim=1), torch.cat([rows, block.T @ matrix])
     u, s, vh = exact_svd(matrix)
     return u[:, :rank], s[:rank], vh[:rank]
 
 
-def _settled(gain: float, gain_before: float, left: float, total: float) -> bool:
+def _squared_values(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared singular values of a few rows [k, n], largest first, and left singular vectors [k, k], float64."""
+    wide = rows.double()
+    values, vectors = torch.linalg.eigh(wide @ wide.T)
+    return values.flip(0).clamp(min=0), vectors.flip(1)
+
+
+def _settled(captured: list[float], total: float) -> bool:
     """Whether gains that shrink geometrically, as those of Krylov blocks do, have next to nothing to come."""
+    before, gain = captured[-2] - captured[-3], captured[-1] - captured[-2]
     if gain <= _ROUNDING * total:
         return True
-    shrink = min(gain / gain_before, 0.99) if gain_before > 0 else 0.99
-    return gain * shrink / (1 - shrink) <= _UNSETTLED * left
+    shrink = min(gain / before, 0.99) if before > 0 else 0.99
+    return gain * shrink / (1 - shrink) <= _UNSETTLED * (total - captured[-1])
 
 
 @dataclass(frozen=True)
