@@ -30,8 +30,9 @@ _CLASSES = {
     "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
 }
-# A number of labels that no model has: it marks the tensors of a head whose size is that number.
-_MARK = 999_983
+# A prime that is no width of a model: as number of labels it marks the tensors of a head. A config writes every label down, and
+# the oldest Transformers checks each, so it is not larger than it must be.
+_MARK = 10_007
 
 
 @dataclass
