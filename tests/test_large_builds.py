@@ -46,7 +46,7 @@ def language_recipe(folder: Path, count: int, **settings) -> Path:
 def peak(recipe: Path, out: Path, workers: int, shard: str) -> int:
     """Bytes of anonymous memory that a build takes at most above what the imports take, in a process of its own."""
     # Freed memory goes back at once, else what the allocator keeps for later is counted.
-    plain = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}
+    plain = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144", "MALLOC_ARENA_MAX": "2"}
     command = [sys.executable, "-m", "tests.memory", str(recipe), str(out), str(workers), shard]
     run = subprocess.run(command, cwd=files.ROOT, env={**os.environ, **plain}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -56,7 +56,7 @@ def peak(recipe: Path, out: Path, workers: int, shard: str) -> int:
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads /proc")
 def test_memory_does_not_grow_with_the_number_of_experts(tmp_path):
     config = LlamaConfig(
-        vocab_size=6000, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
+        vocab_size=6000, hidden_size=512, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8,
         num_key_value_heads=4,
     )  # fmt: skip
     language_experts(tmp_path, 6, config)
@@ -114,7 +114,10 @@ def test_a_killed_build_goes_on_where_it_was(world, tmp_path, monkeypatch, exclu
     folder = files.copy_inputs(world.experts("bert"), tmp_path / "in")
     recipe, out = tiny.write_recipe(folder, ("a", "b"), exclusive=exclusive), tmp_path / "artifacts" / "out"
     build_artifact(recipe, tmp_path / "undisturbed", Progress(quiet=True))
-    for parts in (7, 12):  # the second time, what the first left counts too
+    kills = (
+        (7, 12) if "rank" in exclusive else (30,)
+    )  # a second time goes on from the first; 30: within a budget's second pass
+    for parts in kills:
         command = [sys.executable, "-c", DIE_AFTER, "build", str(recipe), str(out), "--quiet", str(parts)]
         assert subprocess.run(command, env=files.environment(), capture_output=True).returncode == 9
     said: list[str] = []
@@ -124,10 +127,10 @@ def test_a_killed_build_goes_on_where_it_was(world, tmp_path, monkeypatch, exclu
     real = separation._split_tensor
     monkeypatch.setattr(separation, "_split_tensor", lambda name, **rest: split.append(name) or real(name, **rest))
     build_artifact(recipe, out, progress)
-    assert any(line.startswith("19 finished tensors") for line in said), said
+    assert any(line.startswith(f"{sum(kills)} finished tensors") for line in said), said
     assert files.listing(out) == files.listing(tmp_path / "undisturbed")
     assert list(out.parent.iterdir()) == [out]
-    assert split and len(split) == len(set(split))
+    assert len(split) == len(set(split))
 
 
 def test_parts_of_other_inputs_are_thrown_away(tmp_path):

@@ -78,20 +78,29 @@ def journal(out: Path, key: str) -> Iterator[Journal]:
     """
     folder = out.parent / f".{out.name}.parts"
     lock = FileLock(folder / _LOCK)
+    own = out.parent / f".{out.name}.parts-{os.getpid()}"
+    try:
+        yield Journal(folder if _taken(lock, folder) else own, key)
+    finally:
+        # Asked once more: a signal may have come between the making of the folder and the lock.
+        if lock.is_locked or (folder.is_dir() and _taken(lock, folder)):
+            _empty(folder)
+            (folder / _LOCK).unlink(missing_ok=True)
+            lock.release()
+        _empty(own)
+        for each in (folder, own):
+            with suppress(OSError):
+                each.rmdir()
+
+
+def _taken(lock: FileLock, folder: Path) -> bool:
+    """Whether this process has the folder, made if need be, to itself."""
     try:
         folder.mkdir(exist_ok=True)
         lock.acquire(timeout=0)
     except (Timeout, OSError, NotImplementedError):  # another build has it, or the file system knows no locks
-        folder = out.parent / f".{out.name}.parts-{os.getpid()}"
-    try:
-        yield Journal(folder, key)
-    finally:
-        _empty(folder)
-        if lock.is_locked:
-            (folder / _LOCK).unlink(missing_ok=True)
-            lock.release()
-        with suppress(OSError):
-            folder.rmdir()
+        return False
+    return True
 
 
 def _empty(folder: Path) -> None:
