@@ -89,6 +89,14 @@ def test_sparse_and_integer_deltas_merge_too(world):
         model.export_expert_as_lora("a", "nowhere")
 
 
+def test_a_merged_tagger_has_no_problem_type(world):
+    artifact = world.artifact("bert-tokens", tiny.TAGS)
+    stock = load(artifact).merge_and_unload("b")
+    assert stock.config.problem_type is None and list(stock.config.id2label.values()) == tiny.TAGS["b"]
+    stock = world.model("bert").merge_and_unload("b")
+    assert stock.config.problem_type == "single_label_classification"
+
+
 # ---- peft ------------------------------------------------------------------------------------------------------------
 
 

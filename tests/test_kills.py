@@ -1,6 +1,7 @@
 """Kill -9 at any moment: never something that loads and is wrong, and the next run completes."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -96,3 +97,14 @@ def test_a_save_that_ends_half_way_mixes_nothing(world, tmp_path, monkeypatch, s
         assert not (folder / LAYOUT.config).exists()
     model.save_pretrained(folder)
     assert check_artifact(folder) == [] and not list(folder.glob(".saving*"))
+
+
+def test_a_save_clears_what_a_dead_one_left_and_leaves_one_that_runs(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for pid in (gone.pid, os.getpid()):
+        (tmp_path / f".saving-{pid}-x").mkdir()
+    with saving.staged_save(str(tmp_path)) as staging:
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+            [f".saving-{os.getpid()}-x", Path(staging).name]
+        )

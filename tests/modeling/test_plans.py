@@ -5,6 +5,7 @@ import torch
 
 from tests import tiny
 from tests.modeling.dense import EXPERTS, MIXED, assert_close, columns, dense_logits, row
+from twin_merging_hf.modeling.plans_twin_merging import _equal
 
 
 PLANS = ["factored", "gathered", "materialised", "auto"]
@@ -49,3 +50,28 @@ def test_every_plan_equals_dense_weights(world, half_rank, family, batch):
         for i, own in enumerate(expected):
             for name, logits in zip(EXPERTS, own, strict=True):
                 assert_close(output[i : i + 1, columns(model, name)], logits)
+
+
+def test_weights_are_the_same_by_their_numbers_wherever_they_lie():
+    stacked = torch.tensor([[0.2, 0.3], [0.2, 0.3], [0.4, 0.3]])
+    first, second, other = stacked
+    assert _equal(first, first) and _equal(first, second) and _equal(first, second.clone())
+    assert not _equal(first, other) and not _equal(other, first)  # whichever lies first in memory
+    assert not _equal(first, stacked[:1])
+
+
+def test_pictures_have_as_many_tokens_as_patches(world):
+    model = world.model("vit")
+    for height, width in ((tiny.IMAGE, tiny.IMAGE), (2 * tiny.IMAGE, tiny.IMAGE)):
+        embedded = model.shared.vit.embeddings.patch_embeddings.projection(torch.zeros(1, 3, height, width))
+        found = model._computed_width({"pixel_values": torch.zeros(1, 3, height, width)})
+        assert found == embedded.shape[2] * embedded.shape[3] > 1
+
+
+def test_tokens_are_counted_where_the_mask_is_that_of_this_input(world):
+    model = world.model("bert")
+    inputs = {"input_ids": torch.zeros(2, 5, dtype=torch.long)}
+    mask = torch.tensor([[1, 1, 1, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+    assert model._tokens({**inputs, "attention_mask": mask[:, :5]}, 2) == [3, 5]
+    for not_of_it in (None, mask, mask[:, :4], mask[:, None, :5]):
+        assert model._tokens({**inputs, "attention_mask": not_of_it}, 2) == [5, 5]

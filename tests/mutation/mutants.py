@@ -3,6 +3,7 @@
 import ast
 import difflib
 import random
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,16 +162,31 @@ def _head(node: ast.stmt) -> tuple[int, int]:
     return (node.lineno, body[0].lineno - 1) if body else (node.lineno, node.end_lineno)
 
 
-def in_order(tests: Collection[str], breadth: Mapping[str, int]) -> list[str]:
+OWN_AT_ONCE = 8
+
+
+def in_order(tests: Collection[str], breadth: Mapping[str, int], path: str) -> list[str]:
     """
-    The tests, the narrowest first (which are quick, and look closest), and of each function one case before the second.
+    The tests in turns of the files that hold them: one of each file a turn, and eight of a file that is named like the
+    subject. Of one file the narrowest come first (which are quick, and look closest), and of each function one case before
+    the second.
 
     Args:
         breadth: test -> how many lines of the subjects it runs.
+        path: the mutant's file.
     """
-    seen: dict[str, int] = {}
-    rounds = {}
+    words = set(Path(path).stem.removesuffix("_twin_merging").split("_"))
+    cases: Counter[str] = Counter()
+    keys = {}
     for test in sorted(tests, key=lambda test: (breadth[test], test)):
         function = test.partition("[")[0]
-        rounds[test] = seen[function] = seen.get(function, -1) + 1
-    return sorted(tests, key=lambda test: (rounds[test], breadth[test], test))
+        keys[test] = (cases[function], breadth[test], test)
+        cases[function] += 1
+    places: Counter[str] = Counter()
+    turns = {}
+    for test in sorted(tests, key=keys.__getitem__):
+        file = test.partition("::")[0]
+        own = words & set(Path(file).stem.removeprefix("test_").split("_"))
+        turns[test] = places[file] // (OWN_AT_ONCE if own else 1)
+        places[file] += 1
+    return sorted(tests, key=lambda test: (turns[test], *keys[test]))

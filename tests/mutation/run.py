@@ -5,7 +5,7 @@ usage: python tests/mutation/run.py FOLDER [--coverage FILE] [--count 300] [--se
        [--again] [--extra TEST ...]
 
 A mutant is killed if a test fails or hangs on it. It gets the tests that ran its line, by the coverage data of
-`make coverage`: at most `--tests`, the narrowest first, until `--budget` seconds are spent. Everything happens in a copy
+`make coverage`: at most `--tests`, in turns of their files, until `--budget` seconds are spent. Everything happens in a copy
 of the working tree in FOLDER, each mutant in a child of one process that has imported the heavy libraries. At the end the
 tests that killed run on the copy without a mutant: a mutant that was killed by a test that fails there is no finding.
 Results are kept in FOLDER/results.jsonl: a run that was cut off goes on, and `--again` runs survivors once more,
@@ -184,6 +184,8 @@ def run_mutant(tree: Path, mutant: mutants.Mutant, tests: list[str], budget: flo
     try:
         file.write_text(changed, encoding="utf-8")
         outcome = run_tests(tests, budget, "-x") if tests else {"failed": [], "passed": 0, "seconds": 0.0}
+        if outcome["failed"] == ["timeout"]:  # or the machine was stopped for a while: only a second one is believed
+            outcome = run_tests(tests, budget, "-x")
     finally:
         file.write_text(source, encoding="utf-8")
     by = next(iter(outcome.pop("failed")), "")
@@ -204,7 +206,7 @@ def run_all(
         if known and (known["by"] or not args.again):
             continue
         source = (tree / mutant.path).read_text(encoding="utf-8")
-        tests = mutants.in_order(mutants.seen_by(source, mutant.line, ran[mutant.path]), breadth)
+        tests = mutants.in_order(mutants.seen_by(source, mutant.line, ran[mutant.path]), breadth, mutant.path)
         extra = [test for test in args.extra if test not in tests]
         result = run_mutant(tree, mutant, [*extra, *tests[: args.tests]], args.budget)
         keep(result)

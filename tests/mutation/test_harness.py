@@ -37,9 +37,17 @@ def test_a_mutant_gets_the_tests_that_ran_its_statement():
     assert seen_by(SOURCE, 7, {}) == set()
 
 
-def test_narrow_tests_come_first_and_every_function_before_a_second_case():
-    breadth = {"f[1]": 1, "f[2]": 1, "g": 5, "h": 3}
-    assert in_order(breadth, breadth) == ["f[1]", "h", "g", "f[2]"]
+def test_files_take_turns_narrow_tests_come_first_and_the_subject_s_own_file_more_often():
+    breadth = {
+        "test_a.py::f[1]": 1,
+        "test_a.py::f[2]": 1,
+        "test_a.py::g": 5,
+        "test_ties.py::h": 9,
+        "test_ties.py::i": 8,
+    }
+    own, other = ["test_ties.py::i", "test_ties.py::h"], ["test_a.py::f[1]", "test_a.py::g", "test_a.py::f[2]"]
+    assert in_order(breadth, breadth, "merging/ties.py") == [other[0], *own, *other[1:]]
+    assert in_order(breadth, breadth, "merging/dare.py") == [other[0], own[0], other[1], own[1], other[2]]
 
 
 def test_every_subject_exists_and_belongs_to_a_part():
