@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.modeling.dense import assert_close
 from tests.modeling.random_model import random_bert
 from twin_merging_hf.modeling import costs_twin_merging
-from twin_merging_hf.modeling.costs_twin_merging import DEFAULTS, Costs, constants_for, measure_constants
+from twin_merging_hf.modeling.costs_twin_merging import (
+    DEFAULTS,
+    Constants,
+    Costs,
+    Sizes,
+    constants_for,
+    measure_constants,
+)
 
 
 BATCH, TOKENS, RANK = 8, 32, 4
@@ -223,3 +231,45 @@ def test_a_measured_device_is_believed_from_then_on(monkeypatch):
     assert 1e-3 < found.thin <= 1 and 1e-3 < found.batched <= 1
     # A processor of any age lies within these, and a mistaken unit or an inverted ratio does not.
     assert 1e8 < found.flops < 1e14 and 1e8 < found.bandwidth < 1e13 and 1e-8 < found.launch < 1e-2
+
+
+CONSTANTS = Constants(flops=1e3, thin=0.5, batched=0.25, bandwidth=1e6, launch=1e-3)
+SIZES = Sizes(matrices=2, base=1000, owned=600, thin=(10, 20), full=(100, 200), largest=400, entry=4, sides=70)
+
+
+def test_times_are_those_worked_out_by_hand():
+    """Three rows of five tokens. Operations bound every product here, so an entry and a token take two thousandths."""
+    costs = Costs(SIZES, CONSTANTS, rows=3, width=5)
+    expected = {
+        30.002: costs.base,  # 15 tokens * 1000 entries; two launches
+        1.806: costs.factored((0, 1), 3, copied=False),  # 15 * 30 at half the rate; six launches
+        1.81024: costs.factored((0, 1), 3, copied=True),  # 240 bytes are moved; four more launches
+        3.61508: costs.gathered(
+            [(0,), (0, 1), (1,)]
+        ),  # 5 * 30 for each of three rows at a quarter; 1080 bytes; 14 launches
+        0.8072: costs.merging((1,)),  # 200 at half the rate; 600 entries moved three times
+        0.0204: costs.split([1, 2]),  # 15 * 70 entries copied twice; 12 launches
+        0.0144: costs.split([2]),  # as much copied; six launches
+    }
+    for seconds, found in expected.items():
+        assert found == pytest.approx(seconds, rel=1e-9)
+    assert costs.split([3]) == 0 and SIZES.crossover == 10
+    assert replace(SIZES, thin=(0,)).crossover == float("inf")
+    memory_bound = Costs(SIZES, replace(CONSTANTS, flops=1e12), rows=3, width=5)
+    assert memory_bound.product(1, 1000) == pytest.approx(4e-3)
+    sparse = Costs(replace(SIZES, sparse=True), CONSTANTS, rows=3, width=5)
+    assert sparse.factored((0, 1), 3, copied=False) == pytest.approx(36.0144)
+    assert sparse.merging((0, 1)) == pytest.approx(0.0192)
+
+
+def test_training_takes_factors_unless_told_otherwise():
+    model, weights = random_bert(12, RANK), one_hot(12, *range(BATCH))
+
+    def forward(plan: str) -> int:
+        with FlopCounterMode(display=False) as counter, model.use_plan(plan):
+            model(**INPUTS, expert_weights=weights)
+        return counter.get_total_flops()
+
+    assert (
+        flops(model, weights) <= forward("gathered") < forward("factored") < forward("auto")
+    )  # of all experts, unasked

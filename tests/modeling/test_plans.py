@@ -5,6 +5,7 @@ import torch
 
 from tests import tiny
 from tests.modeling.dense import EXPERTS, MIXED, assert_close, columns, dense_logits, row
+from twin_merging_hf.modeling.call_twin_merging import _places
 from twin_merging_hf.modeling.plans_twin_merging import _equal
 
 
@@ -75,3 +76,10 @@ def test_tokens_are_counted_where_the_mask_is_that_of_this_input(world):
     assert model._tokens({**inputs, "attention_mask": mask[:, :5]}, 2) == [3, 5]
     for not_of_it in (None, mask, mask[:, :4], mask[:, None, :5]):
         assert model._tokens({**inputs, "attention_mask": not_of_it}, 2) == [5, 5]
+
+
+def test_factors_that_lie_together_are_not_copied():
+    ranks = (2, 3, 1)
+    for experts, places in ((None, slice(0, 6)), ((1, 2), slice(2, 6)), ((0,), slice(0, 2)), ((), slice(0, 0))):
+        assert _places(experts, ranks, torch.device("cpu")) == places
+    assert _places((0, 2), ranks, torch.device("cpu")).tolist() == [0, 1, 5]

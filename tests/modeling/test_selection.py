@@ -1,5 +1,7 @@
 """The selector on planted weights, masks and phases of a BERT-base and a small decoder: each rule decides what it says."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -143,7 +145,14 @@ def test_explain_says_what_was_chosen_and_why(bert):
     assert report.predicted[report.plan] == min(report.predicted.values()) and report.measured > 0
     text = str(report)
     assert f"plan: {report.plan}" in text and "experts with weight: 2" in text
-    assert bert.explain(**inputs, experts="__shared__").plan == "base"
+    unmeasured = bert.explain(**inputs, experts="__shared__")
+    assert unmeasured.plan == "base" and unmeasured.measured is None
+    for tokens, shown in (
+        ((5, 4), "of 5, 4 tokens"),
+        ((1,) * 6, "1, 1, 1, 1, 1, 1 tokens"),
+        ((1,) * 7, "1, ... tokens"),
+    ):
+        assert shown in str(replace(report, tokens=tokens))
 
 
 def test_plans_that_cannot_be_used_are_refused_by_name(world, bert):
