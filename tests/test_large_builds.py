@@ -114,9 +114,8 @@ def test_a_killed_build_goes_on_where_it_was(world, tmp_path, monkeypatch, exclu
     folder = files.copy_inputs(world.experts("bert"), tmp_path / "in")
     recipe, out = tiny.write_recipe(folder, ("a", "b"), exclusive=exclusive), tmp_path / "artifacts" / "out"
     build_artifact(recipe, tmp_path / "undisturbed", Progress(quiet=True))
-    kills = (
-        (7, 12) if "rank" in exclusive else (30,)
-    )  # a second time goes on from the first; 30: within a budget's second pass
+    # A second time goes on from the first; 30 are into the second pass of a budget.
+    kills = (7, 12) if "rank" in exclusive else (30,)
     for parts in kills:
         command = [sys.executable, "-c", DIE_AFTER, "build", str(recipe), str(out), "--quiet", str(parts)]
         assert subprocess.run(command, env=files.environment(), capture_output=True).returncode == 9

@@ -120,7 +120,7 @@ ALLOWED: dict[str, set[str]] = {
     "coverage": {"modeling"},
     "stacking": {"artifact", "coverage", "errors", "modeling", "separation"},
     "drift": {"preflight", "separation"},
-    "edit_source": {"artifact", "checkpoints", "errors", "modeling", "preflight", "progress", "stacking"},
+    "edit_source": {"artifact", "checkpoints", "deferred", "errors", "modeling", "preflight", "progress", "stacking"},
     "edit_recipe": {"errors", "recipe", "safe_yaml"},
     "edit_newcomer": {
         "adapted", "checkpoints", "edit_source", "errors", "modeling", "preflight", "recipe", "separation", "shapes",

@@ -15,6 +15,7 @@ from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
 
 from .artifact import LAYOUT, read_config
 from .checkpoints import Checkpoint
+from .deferred import put
 from .errors import TwinMergingError
 from .preflight import input_kind
 from .progress import no_loading_bars
@@ -142,11 +143,9 @@ def _load(folder: Path, config: TwinMergingConfig) -> Any:
 def assemble(source: Source, stack: Stack, config: TwinMergingConfig) -> Any:
     """A model of the new config with the stack's tensors as they are, type included; its router is still to be filled."""
     model = type(source.model)(config)
-    missing, unexpected = model.load_state_dict(stack.state, strict=False, assign=True)
-    missing = [name for name in missing if not name.startswith("router.") and name not in model.all_tied_weights_keys]
-    if missing or unexpected:
-        raise RuntimeError(f"editing: missing {missing[:3]}, unexpected {unexpected[:3]}")
-    model.tie_weights()
+    missing = [name for name in put(model, stack.state) if not name.startswith("router.")]
+    if missing:
+        raise RuntimeError(f"editing: missing {missing[:3]}")
     if model.can_generate():
         model.generation_config = source.model.generation_config
     return model.eval()

@@ -31,17 +31,21 @@ class Journal:
         folder: made if it is not there.
         key: names everything that the parts depend on; parts of another key are thrown away.
 
-    `found` counts the parts of an earlier run that were there.
     """
 
     def __init__(self, folder: Path, key: str):
         self.folder = folder
-        self.found = 0
         if not (folder / _KEY).is_file() or (folder / _KEY).read_text(encoding="utf-8") != key:
             _empty(folder)
             folder.mkdir(exist_ok=True)
             (folder / _KEY).write_text(key, encoding="utf-8")
-        self._earlier = {path.name for path in folder.glob("*.safetensors")}
+        self._earlier = {path.stem for path in folder.glob("*.safetensors")}
+        self._read: set[str] = set()
+
+    @property
+    def found(self) -> int:
+        """How many parts of an earlier run were of use."""
+        return len(self._earlier & self._read)
 
     def read(self, part: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """A part's tensors, which stay in the file until they are looked at, and its record; None if it is not there."""
@@ -54,13 +58,12 @@ class Journal:
                 tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - safe_open is no mapping
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             return None  # half of a file that a machine lost with its power: made again
-        if path.name in self._earlier:
-            self.found += 1
-            self._earlier.discard(path.name)
+        self._read.add(part)
         return tensors, record
 
     def write(self, part: str, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
         """Keep a part."""
+        self._earlier.discard(part)  # what was there under this name could not be read
         half = self.folder / f"{part}.half"
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, half, {_RECORD: json.dumps(record)})
         os.replace(half, self.folder / f"{part}.safetensors")

@@ -181,7 +181,8 @@ def _split_tensor(
         return result
     shared, deltas = _split(name, inputs, dtype)
     result.state[f"shared.{name}"] = shared
-    if not _needs_compression(result, name, deltas, name in without_rule, inputs, dtype):
+    energies = [energy_of(delta) for delta in deltas]
+    if not _needs_compression(result, name, deltas, energies, name in without_rule, inputs):
         return result
     if name in ranks:
         _store(result, name, deltas, inputs, ranks[name])
@@ -190,7 +191,7 @@ def _split_tensor(
         result.spectra[name] = [spectrum(_matrix(deltas[t]), seed) for t, seed in enumerate(seeds)]
         result.coverage[name] = {}  # keeps the order of the report; filled when the ranks are chosen
     else:
-        _store(result, name, deltas, inputs)
+        _store(result, name, deltas, inputs, _ranks(name, deltas, energies, inputs))
     return result
 
 
@@ -298,10 +299,9 @@ def _shared_tensor(name: str, inputs: Inputs, dtype: torch.dtype) -> torch.Tenso
 
 
 def _needs_compression(
-    result: Separation, name: str, deltas: Sequence[Delta], no_rule: bool, inputs: Inputs, dtype: torch.dtype
+    result: Separation, name: str, deltas: Sequence[Delta], energies: list[float], no_rule: bool, inputs: Inputs
 ) -> bool:
     """Settle tensors that are equal, excluded or vectors; true for those whose deltas are to be compressed."""
-    energies = [energy_of(delta) for delta in deltas]
     energy, listed = sum(energies), [shown(e) for e in energies]
     if energy == 0:
         result.coverage[name] = {"treatment": "equal"}
@@ -322,14 +322,26 @@ def _needs_compression(
     vectors: list[Any] = list(deltas)
     result.exact.append(name)
     # Vectors weigh nothing and norms react to rounding, so they keep the model's own precision.
-    result.state[exact_key(name)] = torch.stack(vectors).to(dtype)
+    result.state[exact_key(name)] = torch.stack(vectors).to(model_dtype(inputs))
     result.coverage[name] = {"treatment": "exact", "energy": listed, "bytes": result.state[exact_key(name)].nbytes}
     result.kept += energy
     return False
 
 
-def _store(result: Separation, name: str, deltas: Sequence[Delta], inputs: Inputs, given: list | None = None) -> None:
-    """Compress the deltas of one matrix by the recipe's method, to the `given` ranks if there are any."""
+def _ranks(name: str, deltas: Sequence[Delta], energies: list[float], inputs: Inputs) -> list[int]:
+    """Rank of each expert's factors of one matrix, by the recipe's `energy`, `rank` or `ratio`; none for sparse deltas."""
+    how = inputs.recipe.exclusive
+    if how.method != "svd":
+        return []
+    if how.energy is not None:
+        seeds = _seeds(inputs.recipe, name)
+        return [rank_for_energy(_matrix(delta), how.energy, seed) for delta, seed in zip(deltas, seeds, strict=True)]
+    rank = how.rank_of(*matrix_shape(inputs.experts[0].backbone[name]))
+    return [rank if energy > 0 else 0 for energy in energies]
+
+
+def _store(result: Separation, name: str, deltas: Sequence[Delta], inputs: Inputs, ranks: list[int]) -> None:
+    """Compress the deltas of one matrix by the recipe's method, by SVD to `ranks`."""
     how, seeds = inputs.recipe.exclusive, _seeds(inputs.recipe, name)
     dtype, storage = model_dtype(inputs), factor_dtype(inputs)
     matrices = Remade(len(deltas), lambda t: _matrix(deltas[t]))
@@ -338,12 +350,7 @@ def _store(result: Separation, name: str, deltas: Sequence[Delta], inputs: Input
         stored = store_entries(name, entries, how.method, how.ratio or 0, seeds, storage)
         _add(result, name, stored, result.sparse, "sparse", "entries")
         return
-    if given is None and how.energy is not None:
-        given = [rank_for_energy(matrix, how.energy, seed) for matrix, seed in zip(matrices, seeds, strict=True)]
-    if given is None:
-        rank = how.rank_of(*matrices[0].shape)
-        given = [rank if energy_of(matrix) > 0 else 0 for matrix in matrices]
-    stored = store_factors(name, matrices, given, seeds, storage, dtype)
+    stored = store_factors(name, matrices, ranks, seeds, storage, dtype)
     _add(result, name, stored, result.ranks, "factored", "ranks")
 
 

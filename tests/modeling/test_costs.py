@@ -244,9 +244,8 @@ def test_times_are_those_worked_out_by_hand():
         30.002: costs.base,  # 15 tokens * 1000 entries; two launches
         1.806: costs.factored((0, 1), 3, copied=False),  # 15 * 30 at half the rate; six launches
         1.81024: costs.factored((0, 1), 3, copied=True),  # 240 bytes are moved; four more launches
-        3.61508: costs.gathered(
-            [(0,), (0, 1), (1,)]
-        ),  # 5 * 30 for each of three rows at a quarter; 1080 bytes; 14 launches
+        # 5 * 30 for each of three rows at a quarter; 1080 bytes; 14 launches
+        3.61508: costs.gathered([(0,), (0, 1), (1,)]),
         0.8072: costs.merging((1,)),  # 200 at half the rate; 600 entries moved three times
         0.0204: costs.split([1, 2]),  # 15 * 70 entries copied twice; 12 launches
         0.0144: costs.split([2]),  # as much copied; six launches
@@ -270,6 +269,5 @@ def test_training_takes_factors_unless_told_otherwise():
             model(**INPUTS, expert_weights=weights)
         return counter.get_total_flops()
 
-    assert (
-        flops(model, weights) <= forward("gathered") < forward("factored") < forward("auto")
-    )  # of all experts, unasked
+    # `auto` takes the factors of all experts, unasked.
+    assert flops(model, weights) <= forward("gathered") < forward("factored") < forward("auto")
