@@ -6,6 +6,7 @@ more tensor of the model's inputs, which it repeats for beams and return sequenc
 """
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,6 +156,7 @@ class GenerationLMMixin(LanguageModelMixin):
     generation_config: Any
     main_input_name: str
     generating: Any
+    expert_names: list[str]
     _planned: Any
 
     def _routes_in_the_answer_s_pass(self, inputs: dict) -> bool:
@@ -199,22 +201,35 @@ class GenerationLMMixin(LanguageModelMixin):
         kwargs = self._with_cache(kwargs)
         weights = self._weights_of_prompt(inputs, kwargs, experts, expert_weights)
         settings = kwargs.get("generation_config") or self.generation_config
-        with self.generating(kwargs.get("max_new_tokens", settings.max_new_tokens)):
+        with self.generating(kwargs.get("max_new_tokens", settings.max_new_tokens)), self._guided(weights, kwargs):
             output = super().generate(inputs, *args, expert_weights=weights, **kwargs)  # type: ignore[misc]
         if isinstance(output, dict):
             output["expert_weights"] = weights
         return output
 
+    def _guided(self, weights: torch.Tensor, kwargs: dict) -> AbstractContextManager:
+        """Under classifier-free guidance, the weights for the second pass, which `generate` runs without any of ours."""
+        settings = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("guidance_scale", settings.guidance_scale) in (None, 1):
+            return nullcontext()
+        copies = [kwargs.get(name, getattr(settings, name)) or 1 for name in ("num_beams", "num_return_sequences")]
+        return self.mix.force(weights.repeat_interleave(max(copies), dim=0))
+
     def _weights_of_prompt(self, inputs, kwargs: dict, experts, expert_weights) -> torch.Tensor:
-        if experts is None and expert_weights is None and self.mix.current_forced() is None:
+        routed = experts is None and expert_weights is None and self.mix.current_forced() is None
+        if routed:
             _check_not_filled(kwargs)
         prompt = {name: kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None}
         if inputs is not None:
             prompt[self.main_input_name] = inputs
+        if not prompt and not routed and kwargs.get("encoder_outputs") is not None:
+            prompt = {"inputs_embeds": kwargs["encoder_outputs"][0]}  # which tell how many rows there are
         if not prompt:
             raise ValueError(
                 "`generate` needs a prompt (`input_ids` or `inputs_embeds`): it decides which expert writes"
             )
+        if "inputs_embeds" in prompt:  # ids beside them are only for what `generate` gives back
+            prompt = {"inputs_embeds": prompt["inputs_embeds"]}
         mask = kwargs.get("attention_mask")
         if mask is None and "inputs_embeds" not in prompt:
             mask = self._mask_of(prompt["input_ids"], kwargs)
@@ -232,14 +247,25 @@ class GenerationLMMixin(LanguageModelMixin):
             return None
         return (ids != pad).long()
 
-    def prepare_inputs_for_generation(self, *args, expert_weights=None, **kwargs) -> dict:
+    def prepare_inputs_for_generation(self, *args, inputs_embeds=None, expert_weights=None, **kwargs) -> dict:
         """As the shared model prepares them, plus the weights of the rows."""
         if "position_ids" not in self._accepted:
             kwargs.pop("position_ids", None)
+        kwargs.pop("tokenizer", None)  # that of `stop_strings`, which `generate` hands on to where it is of no use
+        if inputs_embeds is not None:  # named in the signature because `generate` looks there whether it may be given
+            kwargs["inputs_embeds"] = inputs_embeds
         return {**self.shared.prepare_inputs_for_generation(*args, **kwargs), "expert_weights": expert_weights}
 
     def _supports_logits_to_keep(self) -> bool:
         return "logits_to_keep" in self._accepted
+
+    def _get_candidate_generator(self, *args, model_kwargs: dict, assistant_model: Any = None, **kwargs):
+        """A model that drafts for this one is given the rows' weights only if it has the same experts."""
+        if assistant_model is not None and getattr(assistant_model, "expert_names", None) != self.expert_names:
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name != "expert_weights"}
+        return super()._get_candidate_generator(  # type: ignore[misc]
+            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
 
 
 class CausalLMMixin(GenerationLMMixin):
