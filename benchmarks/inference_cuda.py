@@ -52,6 +52,10 @@ class StaticDecodeWork(DecodeWork):
             cache.update(states.keys, states.values, layer)
         return cache
 
+    def wind_back(self, cache: Any) -> None:
+        for layer in cache.layers:  # whose `crop` Transformers 5.17 has not
+            layer.cumulative_length.sub_(1)
+
 
 def cuda_sections(device: str, shape: Shape = LLAMA_8B) -> dict[str, Callable[[Sizes], Iterator[Cell]]]:
     """Sections by name, as `inference_sections.SECTIONS`."""

@@ -131,8 +131,12 @@ class DecodeWork(Work):
         cache = self._caches[key][0]
         ids = self.ids if rows is None else self.ids[rows]
         output = model(input_ids=ids, **{CACHE: cache}, use_cache=True, **extra)
-        cache.crop(-1)
+        self.wind_back(cache)
         return output.logits[:, 0]
+
+    def wind_back(self, cache: Any) -> None:
+        """Take the token of this step out of the cache again."""
+        cache.crop(-1)
 
     def _answer(self, dense, row):
         body = self.world.body(dense)
