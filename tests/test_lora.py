@@ -252,7 +252,9 @@ FIELDS = {
     "VERA": ({"peft_type": "VERA"}, "merge_and_unload"),
     "IA3": ({"peft_type": "IA3"}, "merge_and_unload"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
-    "replicated": ({"layer_replication": [[0, 2]]}, "merge_and_unload"),
+    "PREFIX_TUNING": ({"peft_type": "PREFIX_TUNING"}, "nothing to merge"),
+    "XLORA": ({"peft_type": "XLORA"}, "each as an expert"),
+    "replicated": ({"layer_replication": [[0, 2]]}, "train it again without"),
     "trainable_token_indices": ({"trainable_token_indices": [3]}, "merge_and_unload"),
     "`r`": ({"r": "many"}, "number"),
     "rank": ({"r": 7}, "do not belong together"),
@@ -317,6 +319,22 @@ def test_tensors_that_belong_to_no_lora_are_refused(own, what):
 
     adapters.rewrite(own / "a", changed)
     assert "expert 'a'" in refusal(own) and expected in refusal(own)
+
+
+def test_many_trained_tensors_are_one_problem(own):
+    norms = {
+        f"base_model.model.bert.encoder.layer.{i}.output.LayerNorm.{n}" for i in (0, 1) for n in ("weight", "bias")
+    }
+    adapters.rewrite(own / "a", lambda tensors: {**tensors, **{norm: torch.zeros(tiny.HIDDEN) for norm in norms}})
+    message = refusal(own)
+    assert message.count("modules_to_save") == 1 and "layer.0.output.LayerNorm.weight" in message
+
+
+def test_a_folder_of_named_adapters_names_them(own):
+    (own / "a").rename(own / "moved")
+    (own / "a").mkdir()
+    (own / "moved").rename(own / "a" / "mine")
+    assert "name one of these" in refusal(own) and "mine" in refusal(own)
 
 
 def test_an_embedding_that_is_saved_unchanged_is_none_that_was_trained(own):

@@ -242,16 +242,17 @@ def _heads(
     """Places of the head's tensors: in the adapter, else in a base of the same task; other saved tensors are judged."""
     expected = skeleton.state_dict()
     places: dict[str, tuple[Path, str]] = {}
+    backbone: dict[str, str] = {}
     for name, key in adapter.saved.items():
         if name not in expected:
             problems.append(f"it saved {key!r}, which a {type(skeleton).__name__} does not have")
         elif base.in_backbone(name):
-            problem = _judge_saved(adapter, name, key, base)
-            problems += [problem] if problem else []
+            backbone[name] = key
         elif adapter.shapes[key] != tuple(expected[name].shape):
             problems.append(f"tensor {key!r} is {list(adapter.shapes[key])}, expected {list(expected[name].shape)}")
         else:
             places[name] = (adapter.file, key)
+    problems += _judge_saved(adapter, backbone, base)
     wanted = [name for name in expected if not base.in_backbone(name) and name not in places]
     if wanted:
         own = _own_head(used, folder, base, wanted)
@@ -275,23 +276,32 @@ def _own_head(used: str, folder: Path, base: Checkpoint, wanted: list[str]) -> d
     return {name: own.places[name] for name in wanted} if fits else None
 
 
-def _judge_saved(adapter: Adapter, name: str, key: str, base: Checkpoint) -> str | None:
-    """Why a backbone tensor that the adapter saved as a whole is a problem; None: it is the base's own, unchanged."""
-    shape = adapter.shapes[key]
-    if name in base.places and shape == tuple(base.shape(name)):
-        with safe_open(adapter.file, framework="pt") as handle:
-            saved = handle.get_tensor(key)
-        if torch.equal(saved.float(), base.tensor(name).float()):
-            return None
-        return (
-            f"it saved {key!r}, which differs from the base's: a backbone tensor trained as a whole (`modules_to_save`) is no "
+def _judge_saved(adapter: Adapter, saved: dict[str, str], base: Checkpoint) -> list[str]:
+    """Why backbone tensors that the adapter saved as a whole (name -> key) are a problem; those that are the base's are none."""
+    resized = [key for name, key in saved.items() if adapter.shapes[key] != _shape_in(base, name)]
+    with safe_open(adapter.file, framework="pt") as handle:
+        changed = [
+            key
+            for name, key in saved.items()
+            if key not in resized and not torch.equal(handle.get_tensor(key).float(), base.tensor(name).float())
+        ]
+    problems = []
+    if changed:
+        problems.append(
+            f"it saved {listed(changed)}, unlike the base's: backbone tensors trained as a whole (`modules_to_save`) are no "
             "LoRA, or the base is another one; merge it into its base in PEFT (`merge_and_unload`) and give the full checkpoint"
         )
-    return (
-        f"it saved {key!r} of shape {list(shape)}: tokens were added, and all experts need one vocabulary; add the same tokens "
-        "to the base (`resize_token_embeddings`), train all adapters on that, or merge this one (`merge_and_unload`) and give "
-        "experts that all have the new tokens"
-    )
+    if resized:
+        problems.append(
+            f"it saved {listed(resized)} of shape {list(adapter.shapes[sorted(resized)[0]])}: tokens were added, and all experts "
+            "need one vocabulary; add the same tokens to the base (`resize_token_embeddings`), train all adapters on that, or "
+            "merge this one (`merge_and_unload`) and give experts that all have the new tokens"
+        )
+    return problems
+
+
+def _shape_in(base: Checkpoint, name: str) -> tuple[int, ...] | None:
+    return tuple(base.shape(name)) if name in base.places else None
 
 
 def _pairs(

@@ -32,13 +32,23 @@ _REFUSED_FIELDS: dict[str, tuple[str, str]] = {
     "use_qalora": ("QA-LoRA, whose delta pools the input", _MERGE),
     "use_bdlora": ("block-diagonal LoRA", _MERGE),
     "target_parameters": ("LoRA on bare parameters", _MERGE),
-    "layer_replication": ("replicated layers, so its model has other layers than the base", _MERGE),
+    "layer_replication": (
+        "replicated layers, so its model has other layers than the base and the other experts",
+        "train it again without that",
+    ),
     "alora_invocation_tokens": ("activated LoRA, which acts on some tokens only", "train it again without that"),
     "trainable_token_indices": ("trained token embeddings", _MERGE),
     "arrow_config": ("an Arrow router over other adapters", "give those adapters, each as an expert"),
     "velora_config": ("VeLoRA", _MERGE),
     "monteclora_config": ("MonteCLoRA", _MERGE),
     "megatron_config": ("Megatron's parallel layers", _MERGE),
+}
+# Kinds of adapters that `merge_and_unload` cannot merge -> what to do.
+_INPUTS_ONLY = "it learned inputs, and there is nothing to merge into weights; train a LoRA on the same rows"
+_UNMERGEABLE = {
+    **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT"), _INPUTS_ONLY),
+    **dict.fromkeys(("ADAPTION_PROMPT", "CARTRIDGE"), _INPUTS_ONLY),
+    "XLORA": "it is a router over other adapters; give those, each as an expert",
 }
 # Ways to start a LoRA that change the base's weights: the adapter then belongs to other weights than the base's own.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -138,7 +148,8 @@ def _refusals(config: dict) -> list[str]:
     """Everything about an adapter's config that makes it something else than a plain LoRA."""
     kind = config.get("peft_type")
     if kind != "LORA":
-        return [f"it is {kind}, only LORA has deltas of low rank that are a product of two matrices; {_MERGE}"]
+        remedy = _UNMERGEABLE.get(str(kind), _MERGE)
+        return [f"it is {kind}, only LORA has deltas of low rank that are a product of two matrices; {remedy}"]
     problems = _malformed(config)
     if problems:
         return problems

@@ -359,12 +359,7 @@ def _skeleton(task_class: type[PreTrainedModel], config: PreTrainedConfig, path:
 def load_config(path: Path, role: str) -> PreTrainedConfig:
     """Read a checkpoint's config; none of its code runs. Raises `TwinMergingError` if there is none, or it is damaged."""
     if not (path / "config.json").is_file():
-        hint = (
-            " (it is a PEFT adapter; adapters are experts, not bases)"
-            if (path / "adapter_config.json").is_file()
-            else ""
-        )
-        raise TwinMergingError(f"{role}: {path} has no config.json{hint}")
+        raise TwinMergingError(f"{role}: {path} has no config.json{_adapter_hint(path)}")
     try:
         text = (path / "config.json").read_text(encoding="utf-8")
         if len(text) > _MOST_CONFIG_CHARACTERS:
@@ -375,6 +370,14 @@ def load_config(path: Path, role: str) -> PreTrainedConfig:
         raise TwinMergingError(
             f"{role}: {path / 'config.json'} cannot be read as a Transformers config: {error}"
         ) from error
+
+
+def _adapter_hint(path: Path) -> str:
+    """What a folder that is no checkpoint is instead, where PEFT made it."""
+    if (path / "adapter_config.json").is_file():
+        return " (it is a PEFT adapter; adapters are experts, not bases)"
+    inner = sorted(file.parent.name for file in path.glob("*/adapter_config.json"))
+    return f" (there are PEFT adapters in its folders {', '.join(inner)}: name one of these)" if inner else ""
 
 
 def _task_class(config: PreTrainedConfig, role: str) -> type[PreTrainedModel]:
