@@ -352,8 +352,8 @@ def test_a_pickle_is_refused_with_the_way_to_safetensors(own):
 
 
 def test_without_base_model_the_adapters_bring_theirs(own, tmp_path):
-    _, inputs = split(own, base_model=None)
-    assert inputs.base.path == own / "base"
+    _, inputs = split(own, base_model=None, shared_model="base")
+    assert inputs.base.path == own / "base" and inputs.shared is inputs.base
     for name in tiny.LABELS:
         adapters.edit(own / name, base_model_name_or_path=None)
     assert "names no base" in refusal(own, base_model=None)

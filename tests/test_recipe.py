@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from twin_merging_hf import TwinMergingError
-from twin_merging_hf.recipe import Exclusive, ExpertSpec, Recipe, load_recipe, parse_recipe
+from twin_merging_hf.recipe import Exclusive, ExpertSpec, Recipe, check_base, load_recipe, parse_recipe
 
 
 MINIMAL = {"experts": [{"name": "a", "model": "folder/a"}]}
@@ -120,7 +120,6 @@ BAD = {
         {**MINIMAL, "merge_method": "slerp"},
         ["merge_method", "linear, task_arithmetic, ties, dare_linear, dare_ties, tsv_m", "'slerp'"],
     ),
-    "ties without base": ({**MINIMAL, "merge_method": "ties"}, ["merge_method: ties", "base_model"]),
     "density of the mean": ({**MINIMAL, "parameters": {"density": 0.5}}, ["density", "linear", "ties, dare_linear"]),
     "lambda of the mean": ({**MINIMAL, "parameters": {"lambda": 0.5}}, ["lambda", "linear", "task_arithmetic, ties"]),
     "density zero": (two(merge_method="ties", parameters={"density": 0}), ["density", "above 0 and at most 1"]),
@@ -132,8 +131,6 @@ BAD = {
         {**MINIMAL, "base_model": "b", "shared_model": "base", "merge_method": "linear"},
         ["shared_model", "merge_method", "not both"],
     ),
-    "shared base without base": ({**MINIMAL, "shared_model": "base"}, ["shared_model", "base_model"]),
-    "arithmetic without base": ({**MINIMAL, "merge_method": "task_arithmetic"}, ["task_arithmetic", "base_model"]),
     "lambda text": ({**MINIMAL, "parameters": {"lambda": "big"}}, ["lambda", "number", "'big'"]),
     "lambda nan": ({**MINIMAL, "parameters": {"lambda": float("nan")}}, ["lambda", "number"]),
     "lambda infinite": ({**MINIMAL, "parameters": {"lambda": float("inf")}}, ["lambda", "number"]),
@@ -318,3 +315,11 @@ def test_include_and_exclude_match_in_full():
     recipe = parse_recipe({**MINIMAL, "include": ["a\\..*", "b"], "exclude": "a\\.x"})
     assert [recipe.gets_delta(name) for name in ("a.y", "b", "b.c", "a.x", "c")] == [True, True, False, False, False]
     assert parse_recipe(MINIMAL).gets_delta("anything")
+
+
+@pytest.mark.parametrize("key", ["merge_method: ties", "merge_method: task_arithmetic", "shared_model: base"])
+def test_a_base_that_is_needed_must_be_named_by_somebody(key):
+    name, value = key.split(": ")
+    with pytest.raises(TwinMergingError, match=f"`{key}` needs `base_model`"):
+        check_base(parse_recipe({**MINIMAL, name: value}))
+    check_base(parse_recipe({**MINIMAL, name: value, "base_model": "b"}))

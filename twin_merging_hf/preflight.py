@@ -20,7 +20,7 @@ from .data import READ_AS_TEXT, ExpertRows, read_rows, split_rows
 from .errors import TwinMergingError
 from .late import before_routing
 from .processing import Processing, differing_parts, load_processing, position_limit
-from .recipe import BASE, ExpertSpec, Recipe
+from .recipe import BASE, ExpertSpec, Recipe, check_base
 
 
 _NOT_FUNCTION = {
@@ -114,6 +114,7 @@ def preflight(recipe: Recipe, report: Callable[[str], None] = lambda message: No
     problems: list[str] = []
     notes: list[str] = []
     recipe = _with_base(recipe)
+    check_base(recipe)
     experts, base, shared = _open_all(recipe, problems)
     first = experts[0]
     backbones = [*experts, *(checkpoint for checkpoint in (base, shared) if checkpoint is not None)]

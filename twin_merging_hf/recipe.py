@@ -258,8 +258,6 @@ def parse_recipe(content: Any, folder: Path = Path("."), text: str = "") -> Reci
 def _check_together(recipe: Recipe, content: dict) -> None:
     if recipe.shared_model and "merge_method" in content:
         raise TwinMergingError("give either `shared_model` or `merge_method`, not both")
-    if recipe.base_model is None and recipe.shared_model == BASE:
-        raise TwinMergingError("`shared_model: base` needs `base_model`")
     if recipe.shared_by_reference and recipe.shared_model != BASE:
         raise TwinMergingError(
             "`shared_by_reference` needs `shared_model: base`: a merged shared model is nowhere else but in the artifact"
@@ -304,6 +302,21 @@ def _check_alignment(recipe: Recipe) -> None:
         )
 
 
+def check_base(recipe: Recipe) -> None:
+    """
+    Not a part of reading a recipe: LoRA experts may bring the base that it does not name.
+
+    Raises:
+        TwinMergingError: the shared model is, or is merged with, a base that neither recipe nor experts name.
+    """
+    if recipe.base_model is not None:
+        return
+    if recipe.shared_model == BASE:
+        raise TwinMergingError("`shared_model: base` needs `base_model`")
+    if DEFAULTS[recipe.merge_method].needs_base and not recipe.shared_model:
+        raise TwinMergingError(f"`merge_method: {recipe.merge_method}` needs `base_model`")
+
+
 def _check_merge(recipe: Recipe) -> None:
     method, defaults = recipe.merge_method, DEFAULTS[recipe.merge_method]
     without = [expert.name for expert in recipe.experts if expert.data is None]
@@ -315,8 +328,6 @@ def _check_merge(recipe: Recipe) -> None:
             )
         if min(expert.weight for expert in recipe.experts) <= 0:
             raise TwinMergingError("`merge_method: least_squares` needs experts' `parameters.weight` above 0")
-    if recipe.base_model is None and defaults.needs_base and not recipe.shared_model:
-        raise TwinMergingError(f"`merge_method: {method}` needs `base_model`")
     given = {"lambda": recipe.scaling, "density": recipe.density, "normalize": recipe.normalize}
     known = {"lambda": defaults.scaling, "density": defaults.density, "normalize": defaults.normalize}
     for key, value in given.items():

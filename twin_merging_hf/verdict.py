@@ -166,7 +166,10 @@ def describe(verdict: Verdict) -> list[str]:
         lines.append("no row of the held-out ones went to a wrong expert")
     for name, share in verdict.agreement.items():
         if verdict.given[name] < _POOR:
-            lines.append(f"{name}: its delta is cut too short even with the expert given; raise `exclusive.rank`")
+            lines.append(
+                f"{name}: its delta is cut too short even with the expert given; keep more of it (in `exclusive`: a larger "
+                "`rank`, `ratio`, `energy` or `budget`, or a finer `dtype`)"
+            )
         elif verdict.given[name] - share > 1 - _POOR:
             lines.append(
                 f"{name}: routing loses what the delta keeps; try `router: {{type: linear}}` with data, or another layer"
