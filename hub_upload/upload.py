@@ -13,10 +13,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from twin_merging_hf.artifact import LAYOUT, code_files, read_config, weight_files
+from twin_merging_hf.artifact import LAYOUT, read_config
 from twin_merging_hf.errors import TwinMergingError, without_tokens
 from twin_merging_hf.modeling import TwinMergingConfig
 from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
+from twin_merging_hf.publish import artifact_files, refuse_local_base
 from twin_merging_hf.reload import check_whole
 
 from .model_card import LOCATION, render_card
@@ -31,7 +32,6 @@ _KINDS = {
     "AutoModelForSeq2SeqLM": "prompt",
     "AutoModelForMaskedLM": "masked",
 }
-_OPTIONAL = ("generation_config.json",)
 _QUOTA_CODES = (402, 413, 507)
 
 
@@ -81,7 +81,7 @@ def push_artifact(
     folder = Path(artifact)
     if create_pr and revision not in (None, "main"):
         raise TwinMergingError("a pull request is opened against main: give either `create_pr` or `revision`, not both")
-    _refuse_local_base(folder)
+    refuse_local_base(folder)
     say("checking the artifact")
     problems = check_whole(folder)
     if problems:
@@ -102,16 +102,6 @@ def push_artifact(
         return Pushed(repo_id, commit.oid, commit.commit_url, commit.pr_url, _left(folder, names))
     except (_HTTP_ERROR, LocalTokenNotFoundError, OSError, ValueError, RuntimeError) as error:
         raise TwinMergingError(_explain(error, repo_id, create_pr, token)) from None
-
-
-def _refuse_local_base(folder: Path) -> None:
-    """An artifact whose shared model is a reference to a folder of this machine would load nowhere else."""
-    reference = read_config(folder).shared_reference
-    if reference and not reference.get("revision"):
-        raise TwinMergingError(
-            f"{folder} refers to the base in {reference['model']}, which nobody else has; build it again with the base's Hub id "
-            "as `base_model`, or without `shared_by_reference`"
-        )
 
 
 def _made(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:
@@ -141,31 +131,6 @@ def _is_ours(name: str) -> bool:
     """Whether a file of the repository would be read together with an artifact's."""
     weights = name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
     return "/" not in name and (weights or name.endswith("_twin_merging.py"))
-
-
-def artifact_files(folder: Path, config: TwinMergingConfig) -> list[str]:
-    """
-    Names of the files that make up an artifact; whatever else lies in its folder is no part of it.
-
-    Raises:
-        TwinMergingError: one of them is a link to outside of the folder, whose content nobody meant to publish.
-    """
-    wanted = [
-        LAYOUT.config,
-        LAYOUT.card,
-        *(file.name for file in code_files()),
-        *config.provenance.get("companions", []),
-    ]
-    optional = [*_OPTIONAL, LAYOUT.index, LAYOUT.evaluation, LAYOUT.evaluation_picture]
-    wanted += [file.name for file in weight_files(folder)] + [name for name in optional if (folder / name).is_file()]
-    names = sorted(set(wanted))
-    for name in names:
-        path = folder / name
-        if path.resolve().parent != folder.resolve():
-            raise TwinMergingError(
-                f"{path} is a link to {path.resolve()}, outside of the artifact; put the file itself there"
-            )
-    return names
 
 
 def _left(folder: Path, names: list[str]) -> list[str]:

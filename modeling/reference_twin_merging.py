@@ -28,18 +28,20 @@ HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "local_files_o
 
 def weight_files(folder: str, options: dict) -> list:
     """
-    Paths of a model's safetensors files, sorted by name, from a folder or the Hub.
+    Paths of a model's safetensors files, sorted by name, from a folder or the Hub. As in Transformers, an index counts where
+    there is no whole file.
 
     Raises:
         ValueError: there are none.
     """
-    index = _fetch(folder, _INDEX, options)
+    whole = _fetch(folder, _WEIGHTS, options)
+    index = None if whole else _fetch(folder, _INDEX, options)
     if index is None:
-        names = [_WEIGHTS]
+        names, files = [_WEIGHTS], [whole]
     else:
         with open(index, encoding="utf-8") as stream:
             names = sorted(set(json.load(stream)["weight_map"].values()))
-    files = [_fetch(folder, name, options) for name in names]
+        files = [_fetch(folder, name, options) for name in names]
     if None in files:
         raise ValueError(f"{folder} has no {names[files.index(None)]}")
     return files

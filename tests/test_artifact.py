@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import struct
 from pathlib import Path
@@ -23,6 +22,7 @@ from twin_merging_hf.artifact import (
     storage,
     tensor_sizes,
 )
+from twin_merging_hf.modeling.modeling_twin_merging import AUTO_MAP
 
 
 VARIANTS = {
@@ -169,7 +169,18 @@ def test_a_tensor_that_is_not_finite(copy, value):
 def test_a_changed_code_file(copy):
     path = copy / "mix_twin_merging.py"
     path.write_text(path.read_text() + "\nimport os\n")
-    assert re.fullmatch("model code mix_twin_merging.py is not that of the installed package", check(copy))
+    assert check(copy).startswith("model code mix_twin_merging.py is not that of the installed package; ")
+
+
+def test_an_artifact_of_another_version_is_told_what_to_do_and_that_helps(copy, tmp_path):
+    for path in copy.glob("*_twin_merging.py"):
+        path.write_text("# of another version\n" + path.read_text())
+    (problem,) = check_artifact(copy)
+    assert "mix_twin_merging.py, " in problem and "`save_pretrained` to a new folder" in problem
+    load(copy).save_pretrained(tmp_path / "new")
+    assert check_artifact(tmp_path / "new") == []
+    weights = {path.name for path in copy.glob("*.safetensors")}
+    assert all((copy / name).read_bytes() == (tmp_path / "new" / name).read_bytes() for name in weights)
 
 
 def test_a_missing_code_file(copy):
@@ -210,6 +221,20 @@ def test_a_damaged_index(copy, index):
     check(copy)
 
 
+def test_one_whole_file_counts_and_an_index_beside_it_is_a_problem(copy):
+    """As in Transformers, which would not read the shards that the index names."""
+    shutil.copyfile(copy / LAYOUT.weights, copy / "model-00001-of-00001.safetensors")
+    names = tensor_sizes(copy)
+    (copy / LAYOUT.index).write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")})
+    )
+    assert check(copy) == f"{LAYOUT.index} is of other weights: beside {LAYOUT.weights} nobody reads it; remove it"
+    files.edit_tensors(copy, lambda tensors: tensors["router.classifier.bias"][1].fill_(float("nan")))
+    assert any("router.classifier.bias" in problem for problem in check_artifact(copy))
+    (copy / LAYOUT.weights).unlink()
+    assert check_artifact(copy) == []
+
+
 def test_a_shard_outside_of_the_folder_is_not_opened(copy):
     (copy / LAYOUT.weights).rename(copy.parent / LAYOUT.weights)
     (copy / LAYOUT.index).write_text(json.dumps({"weight_map": {"a": f"../{LAYOUT.weights}"}}))
@@ -234,9 +259,14 @@ CONFIGS = {
     "shared config of an unknown type": ({"shared_config": {"model_type": "zzz"}}, "zzz"),
     "no auto_map": ({"auto_map": None}, "auto_map"),
     "auto_map to other code": ({"auto_map": {"AutoConfig": "evil.C"}}, "auto_map"),
+    "auto_map to another repository": (
+        {"auto_map": {name: f"evil/repo--{where}" for name, where in AUTO_MAP.items()}},
+        "auto_map",
+    ),
+    "pipelines of other code": ({"custom_pipelines": {"x": {"impl": "evil/repo--evil.P"}}}, "custom_pipelines"),
     "provenance a list": ({"provenance": [1]}, "config.json"),
     "companions a number": ({"provenance": {"companions": 5}}, "companions"),
-    "companions outside": ({"provenance": {"companions": ["../none"]}}, "none"),
+    "companions outside": ({"provenance": {"companions": ["../copy/config.json"]}}, "companions"),
     "head modules of another model": ({"head_modules": ["head"]}, "head"),
     "layers path": ({"layers_path": "bert.nothing"}, "nothing"),
 }

@@ -1,5 +1,6 @@
 """The command: what it prints, what it writes, and how it ends."""
 
+import errno
 import json
 import signal
 import subprocess
@@ -53,6 +54,22 @@ def test_help_lists_every_command():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command):
     assert "Usage" in call(command, "--help").output
+
+
+def test_a_full_disk_and_a_forbidden_file_are_said_in_one_line(inputs, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(inputs / "a"))
+
+    monkeypatch.setattr(builder, "build_artifact", fail)
+    result = call("build", inputs / "recipe.yaml", tmp_path / "out", code=2)
+    assert result.stderr.splitlines()[-1] == f"error: Permission denied: {inputs / 'a'}"
+
+
+def test_a_token_in_a_recipe_is_not_shown(inputs, tmp_path):
+    token = "hf_abcdefghijklmnopqrst"
+    tiny.write_recipe(inputs, ("a", "b"), experts={"a": {"model": f"/none/{token}"}})
+    result = call("build", inputs / "recipe.yaml", tmp_path / "out", code=2)
+    assert "/none/[token] is not a folder" in result.output and token not in result.output
 
 
 def test_without_a_command_it_helps():

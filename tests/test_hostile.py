@@ -232,11 +232,12 @@ def test_sources_that_are_no_folders(tmp_path, source):
 @pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", ""])
 def test_an_index_cannot_point_elsewhere(world, tmp_path, shard):
     folder = files.copy_inputs(world.experts("bert"), tmp_path / "in", ("a",))
-    shutil.copyfile(folder / "a" / "model.safetensors", folder / "model.safetensors")
+    (folder / "a" / "model.safetensors").rename(folder / "model.safetensors")
     (folder / "a" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": shard}}))
     with pytest.raises(TwinMergingError, match="not a file beside it"):
         open_checkpoint("a", folder, "expert 'a'")
     artifact = Path(shutil.copytree(world.artifact("bert"), tmp_path / "copy"))
+    (artifact / "model.safetensors").rename(tmp_path / "model.safetensors")
     (artifact / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": shard}}))
     assert "files beside it" in check_artifact(artifact)[0]
 

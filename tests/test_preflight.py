@@ -3,18 +3,21 @@
 import json
 import pickle
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests import files, tiny
 from twin_merging_hf import TwinMergingError
 from twin_merging_hf.builder import Progress, build_artifact, plan_build
+from twin_merging_hf.checkpoints import open_checkpoint
 
 
 WORD = "encoder.layer.1.attention.self.query.weight"
@@ -267,6 +270,25 @@ def test_data_without_anything_to_read_it(inputs):
     assert "`data` is given, but no checkpoint has a tokenizer" in refusal(inputs)
 
 
+def test_a_broken_tokenizer_is_one_problem(inputs):
+    (inputs / "a" / "tokenizer.json").write_text("{")
+    message = refusal(inputs)
+    assert "expert 'a': the tokenizer in" in message and "no checkpoint has" not in message
+
+
+def test_a_missing_pillow_is_said_once(pictures, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert refusal(pictures) == (
+        "this needs pillow, which is not installed; run `pip install 'twin-merging-hf[vision]'`"
+    )
+
+
+def test_quantised_checkpoints_are_refused(inputs):
+    files.edit_json(inputs / "b" / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+    message = refusal(inputs)
+    assert "expert 'b' is quantised" in message and "full-precision" in message
+
+
 # ---- kinds of heads ---------------------------------------------------------------------------------------------
 
 
@@ -290,7 +312,7 @@ def test_labels_of_the_recipe_that_do_not_fit_the_head(inputs):
 def test_two_labels_of_one_name(inputs):
     files.edit_json(inputs / "b" / "config.json", id2label={"0": "p", "1": "p", "2": "r"}, label2id={"p": 0, "r": 2})
     message = refusal(inputs)
-    assert "expert 'b'" in message and "two labels have one name" in message and "`labels`" in message
+    assert "expert 'b'" in message and "two labels have one name ('p')" in message and "`labels`" in message
 
 
 @pytest.mark.parametrize("names", [[], ["BertForMaskedLM"], ["BertModel"], ["NoSuchClass"], None])
@@ -431,9 +453,20 @@ def test_damaged_weights(inputs, damage):
     ],
 )
 def test_damaged_indexes(inputs, index, expected):
+    (inputs / "b" / files.WEIGHTS).unlink()
     (inputs / "b" / f"{files.WEIGHTS}.index.json").write_text(index)
     message = refusal(inputs)
     assert "expert 'b'" in message and expected in message
+
+
+def test_of_one_whole_file_and_shards_the_whole_file_is_read(inputs):
+    """As Transformers does: an index that an earlier save left is no part of the checkpoint."""
+    before = open_checkpoint("b", inputs, "expert 'b'").fingerprint()
+    tensors = files.tensors_of(inputs / "b")
+    save_file({key: value + 1 for key, value in tensors.items()}, inputs / "b" / "model-00001-of-00001.safetensors")
+    content = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
+    (inputs / "b" / f"{files.WEIGHTS}.index.json").write_text(json.dumps(content))
+    assert open_checkpoint("b", inputs, "expert 'b'").fingerprint() == before
 
 
 def test_a_folder_that_is_not_there(inputs):

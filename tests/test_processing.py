@@ -37,6 +37,40 @@ def test_a_broken_one_is_named(tmp_path):
         load_processing(tmp_path, "image", "base model")
 
 
+CODE = """
+from transformers import PreTrainedTokenizerFast
+class Own(PreTrainedTokenizerFast):
+    def _encode_plus(self, text, *args, **kwargs):
+        return super()._encode_plus({text}, *args, **kwargs)
+"""
+
+
+@pytest.fixture
+def coded(world, tmp_path) -> Path:
+    """Experts whose tokenizers come with a class of their own; `own.py` is left to write."""
+    folder = files.copy_inputs(world.experts("bert"), tmp_path / "in")
+    for name in ("base", "a", "b"):
+        files.edit_json(folder / name / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]})
+        files.edit_json(folder / name / "tokenizer_config.json", tokenizer_class="Own")
+        (folder / name / "own.py").write_text(CODE.format(text="text"))
+    return folder
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_tokenizer_of_own_code_serves_and_its_code_stays_behind(coded, tmp_path, trusted):
+    recipe = tiny.write_recipe(coded, ("a", "b"), trust_remote_code=trusted)
+    build_artifact(recipe, tmp_path / "out", Progress(quiet=True))
+    assert check_artifact(tmp_path / "out") == []
+    assert not (tmp_path / "out" / "own.py").exists()
+    AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+
+
+def test_a_tokenizer_that_cannot_do_without_its_code_is_refused(coded):
+    (coded / "a" / "own.py").write_text(CODE.format(text="(text + ' w1' if isinstance(text, str) else text)"))
+    with pytest.raises(TwinMergingError, match="expert 'a': the tokenizer .* without its own code, Own would split"):
+        load_processing(coded / "a", "text", "expert 'a'", trust_remote_code=True)
+
+
 def test_rows_become_what_the_tokenizer_makes_of_them(world, text):
     tokenizer = AutoTokenizer.from_pretrained(world.experts("bert") / "a")
     rows = [{"text": "w1 w2"}, {"text": "w3 w4 w5"}]

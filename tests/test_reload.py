@@ -1,5 +1,6 @@
 """`check`'s last step: a process without the package loads the artifact, or says why not."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -25,7 +26,8 @@ def test_a_whole_artifact_loads_in_a_clean_process(copy):
 def test_code_that_is_not_the_packages_never_runs(copy):
     path = copy / "mix_twin_merging.py"
     path.write_text(path.read_text() + f"\nopen({str(copy / 'ran')!r}, 'w')\n")
-    assert check_whole(copy) == ["model code mix_twin_merging.py is not that of the installed package"]
+    (problem,) = check_whole(copy)
+    assert problem.startswith("model code mix_twin_merging.py is not that of the installed package")
     assert not (copy / "ran").exists()
 
 
@@ -34,6 +36,41 @@ def test_an_artifact_that_only_the_package_can_load_is_found(copy):
     (copy / "heads_twin_merging.py").write_text("import nothing_of_that_name\n")
     (problem,) = reload_problems(copy)
     assert "a clean process without twin-merging-hf cannot load it" in problem and "nothing_of_that_name" in problem
+
+
+@pytest.mark.parametrize("content", ["{", '{"model": {"vocab": 5}}'])
+def test_a_damaged_tokenizer_is_found(copy, content):
+    (copy / "tokenizer.json").write_text(content)
+    (problem,) = check_whole(copy)
+    assert "a clean process without twin-merging-hf cannot load it" in problem
+
+
+def test_a_damaged_image_processor_is_found(world, tmp_path):
+    folder = Path(shutil.copytree(world.artifact("vit"), tmp_path / "copy"))
+    files.edit_json(folder / "preprocessor_config.json", image_processor_type="NoSuchProcessor")
+    (problem,) = check_whole(folder)
+    assert "a clean process" in problem and "image processor" in problem
+
+
+LEADING = {
+    "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["evil/repo--evil.T", None]}},
+    "processor_config.json": {"image_processor": {"auto_map": {"AutoImageProcessor": "evil.P"}}},
+}
+
+
+@pytest.mark.parametrize("name", LEADING)
+def test_settings_that_lead_to_code_are_found(copy, name):
+    path = copy / name
+    path.write_text(json.dumps({**(files.read_json(path) if path.exists() else {}), **LEADING[name]}))
+    (problem,) = artifact_module.check_artifact(copy)
+    assert name in problem and "`auto_map` names code" in problem
+
+
+def test_settings_that_are_no_json_are_found(copy):
+    """Transformers would take its own defaults instead, without a word."""
+    (copy / "generation_config.json").write_text("{")
+    (problem,) = artifact_module.check_artifact(copy)
+    assert problem.startswith("generation_config.json cannot be read")
 
 
 def test_secrets_do_not_reach_the_process(copy, monkeypatch):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from tests import tiny
 from tests.conftest import load
 from tests.modeling.language import NAMES, LanguageWorld
+from twin_merging_hf.artifact import check_artifact
 from twin_merging_hf.cli import app
 from twin_merging_hf.errors import TwinMergingError
 from twin_merging_hf.space import make_space
@@ -85,6 +87,35 @@ def test_taggers_and_regressions_are_shown(world, tmp_path):
     own = model(**answer._inputs("w25 w26"), experts="r")
     number = float(own.expert_logits[0, slice(*model.label_space.spans[1])])
     assert answer("w25 w26").table[1][2] == f"r: {number:.3f}"
+
+
+@torch.no_grad()
+def test_experts_that_are_all_regressions_share_one_number(world, tmp_path):
+    artifact = world.artifact("bert", {"r": ["value"], "s": ["value"]})
+    answer, model = answering(make_space(artifact, tmp_path / "numbers")), load(artifact)
+    inputs = answer._inputs("w25 w26")
+    shown = answer("w25 w26")
+    assert shown.answer == f"value: {float(model(**inputs).logits[0, 0]):.3f}"
+    assert shown.table[1][2] == f"value: {float(model(**inputs, experts='s').logits[0, 0]):.3f}"
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_text_longer_than_the_model_takes_is_cut(world, kind, tmp_path):
+    answer = answering(make_space(world.artifact(kind), tmp_path / "space"))
+    answer.processor.model_max_length = 10**30
+    assert answer("w25 " * 3000).answer
+
+
+def test_what_is_no_part_of_the_artifact_stays_at_home(world, tmp_path):
+    artifact = Path(shutil.copytree(world.artifact("bert"), tmp_path / "copy"))
+    (artifact / ".env").write_text("HF_TOKEN=hf_secret")
+    folder = make_space(artifact, tmp_path / "space")
+    assert not (folder / "artifact" / ".env").exists() and check_artifact(folder / "artifact") == []
+    (artifact / "tokenizer.json").rename(tmp_path / "elsewhere.json")
+    (artifact / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(TwinMergingError, match="is a link to"):
+        make_space(artifact, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_input_that_is_none_is_refused(world, tmp_path):

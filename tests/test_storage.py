@@ -112,6 +112,27 @@ def test_sources_that_one_may_not_read(inputs):
     assert text.startswith("our error: expert 'a'") and "denied" in text.lower() and not out.exists()
 
 
+def test_rows_that_one_may_not_read(inputs):
+    recipe = tiny.write_recipe(inputs, ("a", "b"))
+    (inputs / "a.jsonl").chmod(0o000)
+    text = in_child(lambda: build_artifact(recipe, inputs.parent / "out", Progress(quiet=True)), NOBODY)()
+    assert text == f"our error: expert 'a': {inputs / 'a.jsonl'} cannot be read: Permission denied"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "mix_twin_merging.py"])
+def test_an_artifact_that_one_may_not_read(world, inputs, name):
+    folder = Path(shutil.copytree(world.artifact("bert"), inputs.parent / "artifact"))
+    for path in folder.iterdir():
+        path.chmod(0o644)
+    (folder / name).chmod(0o000)
+    text = in_child(lambda: _fail(check_artifact(folder)), NOBODY)()
+    assert f"{folder / name} cannot be read: Permission denied" in text
+
+
+def _fail(problems: list[str]) -> None:
+    raise TwinMergingError("; ".join(problems))
+
+
 def test_a_folder_that_another_build_made_in_the_last_moment(tmp_path, monkeypatch):
     """Between the last look and the renaming."""
     monkeypatch.setattr(artifact_module, "refuse_existing", lambda out: None)

@@ -1,6 +1,5 @@
 """The artifact on disk: its files, how a model becomes one, and how to tell that one is whole."""
 
-import errno
 import json
 import os
 import re
@@ -26,8 +25,8 @@ from twin_merging_hf.modeling.saving_twin_merging import is_running
 from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
 
 from . import distributed
-from .errors import TwinMergingError, is_file
-from .folder_check import paper_problems, stray_files
+from .errors import TwinMergingError, is_file, storage_error
+from .folder_check import paper_problems, settings_problems, stray_files
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def staged(out: Path, artifact: bool = True) -> Iterator[Path]:
                 os.rename(staging, out)
             distributed.wait_for_all()  # of several processes one is written, and there for all
         except (OSError, SafetensorError) as error:
-            reason = _storage_error(error)
+            reason = storage_error(error)
             if reason is None:
                 raise
             raise TwinMergingError(f"{out} cannot be written: {reason}; nothing was left there") from error
@@ -100,20 +99,6 @@ def staged(out: Path, artifact: bool = True) -> Iterator[Path]:
             for parent in made:
                 with suppress(OSError):
                     parent.rmdir()
-
-
-_STORAGE_ERRORS = {errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.ENOTEMPTY,
-                   errno.EPERM, errno.EROFS}  # fmt: skip
-
-
-def _storage_error(error: Exception) -> str | None:
-    """What is wrong with a disk, if an error is about that: full, read-only, forbidden, or the folder was just made."""
-    if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
-        return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
-    text = str(error)
-    if isinstance(error, SafetensorError) and "os error" in text:
-        return text
-    return None
 
 
 def _remove_leftovers(out: Path) -> None:
@@ -153,7 +138,9 @@ def read_config(folder: Path) -> TwinMergingConfig:
         if path.stat().st_size > _MOST_CONFIG_BYTES:
             raise ValueError(f"{path.stat().st_size} bytes, more than {_MOST_CONFIG_BYTES}")
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise TwinMergingError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise TwinMergingError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(content, dict) or content.get("model_type") != TwinMergingConfig.model_type:
         raise TwinMergingError(f"{folder} is not an artifact: its config's model_type is not 'twin_merging'")
@@ -163,12 +150,22 @@ def read_config(folder: Path) -> TwinMergingConfig:
         raise TwinMergingError(f"{path}: {error or type(error).__name__}") from error
     if not config.experts:
         raise TwinMergingError(f"{path}: `experts` is empty")
+    companions = config.provenance.get("companions", [])
+    if not isinstance(companions, list) or not all(isinstance(n, str) and n and Path(n).name == n for n in companions):
+        raise TwinMergingError(
+            f"{path}: `provenance.companions` must be a list of names of files beside it, got {str(companions)[:200]}"
+        )
     return config
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The artifact's weight files. Raises `TwinMergingError` if there are none or the index is damaged."""
-    if (folder / LAYOUT.index).is_file():
+    """
+    The artifact's weight files: those that Transformers reads, which leaves an index alone where there is one whole file.
+
+    Raises:
+        TwinMergingError: there are none, or the index is damaged.
+    """
+    if (folder / LAYOUT.index).is_file() and not (folder / LAYOUT.weights).is_file():
         try:
             names = set(json.loads((folder / LAYOUT.index).read_text(encoding="utf-8"))["weight_map"].values())
             if not all(isinstance(name, str) and name and Path(name).name == name for name in names):
@@ -181,6 +178,10 @@ def weight_files(folder: Path) -> list[Path]:
     for file in files:
         if not is_file(file):
             raise TwinMergingError(f"{folder}: {file.name[:200]} is missing")
+        try:
+            file.open("rb").close()  # of a forbidden file safetensors says that it is missing
+        except PermissionError as error:
+            raise TwinMergingError(f"{file} cannot be read: {error.strerror}") from error
     return files
 
 
@@ -255,28 +256,41 @@ def check_artifact(folder: Path) -> list[str]:
         return check_files(folder, config)
     except TwinMergingError as error:
         return [str(error)]
+    except PermissionError as error:
+        return [f"{error.filename} cannot be read: {error.strerror}"]
 
 
 def check_files(folder: Path, config: TwinMergingConfig) -> list[str]:
     """As `check_artifact`, with a config that is known to be valid. Raises `TwinMergingError` for damaged weights."""
     problems = [*_check_tensors(folder, config), *stray_files(folder, {source.name for source in code_files()})]
-    auto_map = getattr(config, "auto_map", None) or {}
-    named = isinstance(auto_map, dict) and {key: str(value).split("--")[-1] for key, value in auto_map.items()}
-    if named != AUTO_MAP:
+    problems += settings_problems(folder)
+    if getattr(config, "auto_map", None) != AUTO_MAP:
         problems.append(
-            f"{LAYOUT.config}: `auto_map` does not name the package's classes, so other heads would not load"
+            f"{LAYOUT.config}: `auto_map` does not name the package's classes in this folder, so other heads would not load, or "
+            "other code would"
         )
+    problems += _check_code(folder)
+    problems += paper_problems(config, folder / LAYOUT.report, folder / LAYOUT.recipe)
+    companions = config.provenance.get("companions", [])
+    return problems + [f"{name} is missing" for name in companions if not is_file(folder / name)]
+
+
+def _check_code(folder: Path) -> list[str]:
+    """Model code that is missing, or not the package's, and what to do about it."""
+    problems, differing = [], []
     for source in code_files():
         copy = folder / source.name
-        if not copy.is_file():
+        if not is_file(copy):
             problems.append(f"model code {source.name} is missing; it would not load with trust_remote_code")
         elif copy.read_bytes() != source.read_bytes():
-            problems.append(f"model code {source.name} is not that of the installed package")
-    companions = config.provenance.get("companions", [])
-    if not isinstance(companions, list) or not all(isinstance(name, str) for name in companions):
-        return [*problems, f"{LAYOUT.config}: `provenance.companions` must be a list of file names, got {companions!r}"]
-    problems += paper_problems(config, folder / LAYOUT.report, folder / LAYOUT.recipe)
-    return problems + [f"{name} is missing" for name in companions if not is_file(folder / name)]
+            differing.append(source.name)
+    if differing:
+        problems.append(
+            f"model code {', '.join(differing)} is not that of the installed package; where the artifact was made by another "
+            "version, load it with the installed one and `save_pretrained` to a new folder (the weights stay, the code becomes "
+            "the installed package's); where it was not, somebody changed the code"
+        )
+    return problems
 
 
 def _check_tensors(folder: Path, config: TwinMergingConfig) -> list[str]:

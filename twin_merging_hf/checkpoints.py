@@ -365,11 +365,17 @@ def load_config(path: Path, role: str) -> PreTrainedConfig:
         if len(text) > _MOST_CONFIG_CHARACTERS:
             raise ValueError(f"{len(text)} characters, more than {_MOST_CONFIG_CHARACTERS}")
         check_sizes(json.loads(text), "config")
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         raise TwinMergingError(
             f"{role}: {path / 'config.json'} cannot be read as a Transformers config: {error}"
         ) from error
+    if getattr(config, "quantization_config", None):
+        raise TwinMergingError(
+            f"{role} is quantised (`quantization_config` in {path / 'config.json'}); deltas are differences of full-precision "
+            "weights, so give the checkpoint that it was quantised from"
+        )
+    return config
 
 
 def _adapter_hint(path: Path) -> str:
@@ -422,9 +428,9 @@ def _with_labels(config: PreTrainedConfig, other: PreTrainedConfig) -> PreTraine
 
 
 def _weight_files(path: Path, role: str) -> dict[str, Path]:
-    """Map each tensor name in the files to its file."""
+    """Map each tensor name in the files to its file. As in Transformers, an index counts where there is no whole file."""
     try:
-        if (path / _INDEX).is_file():
+        if (path / _INDEX).is_file() and not (path / _WEIGHTS).is_file():
             weight_map = json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"]
             shards = sorted(set(weight_map.values()))
             for shard in shards:

@@ -14,7 +14,7 @@ import typer
 
 from . import distributed
 from ._version import __version__
-from .errors import TwinMergingError
+from .errors import TwinMergingError, storage_error, without_tokens
 
 
 app = typer.Typer(
@@ -61,8 +61,9 @@ def _errors(out: Path | None = None) -> Iterator[None]:
             written = out is None or out.exists()
             typer.echo("interrupted" + ("" if written else "; nothing was written"), err=True)
             raise typer.Exit(128 + (_Signals.received or signal.SIGINT)) from error
-        if isinstance(error, TwinMergingError):
-            typer.echo(f"error: {error}", err=True)
+        known = str(error) if isinstance(error, TwinMergingError) else storage_error(error)
+        if known is not None:
+            typer.echo(without_tokens(f"error: {known}"), err=True)
             raise typer.Exit(2) from error
         raise
 

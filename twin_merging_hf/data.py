@@ -64,6 +64,8 @@ def read_rows(
                     rows.append(_row(prepare(line), f"{path}, line {number}", kind, labels, regression, path.parent))
     except UnicodeDecodeError as error:
         raise TwinMergingError(f"{path}: not UTF-8 text ({error})") from error
+    except PermissionError as error:
+        raise TwinMergingError(f"{path} cannot be read: {error.strerror}") from error
     if not rows:
         raise TwinMergingError(f"{path} has no rows")
     return rows

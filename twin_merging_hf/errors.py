@@ -1,9 +1,12 @@
 """The one error type for everything a user can fix, and helpers for messages, names of files and optional packages."""
 
+import errno
 import importlib
 import re
 from pathlib import Path
 from types import ModuleType
+
+from safetensors import SafetensorError
 
 
 class TwinMergingError(ValueError):
@@ -24,6 +27,20 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):
         return False
+
+
+_STORAGE_ERRORS = {errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.ENOTEMPTY,
+                   errno.EPERM, errno.EROFS}  # fmt: skip
+
+
+def storage_error(error: BaseException) -> str | None:
+    """What is wrong with a disk, if an error is about that: full, read-only, forbidden, or the folder was just made."""
+    if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
+        return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
+    text = str(error)
+    if isinstance(error, SafetensorError) and "os error" in text:
+        return text
+    return None
 
 
 _PIP_NAMES = {

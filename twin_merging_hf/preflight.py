@@ -1,6 +1,7 @@
 """Everything that can be wrong with a build's inputs, found at once and before any work."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -17,7 +18,7 @@ from .adapted import adapter_base, open_expert
 from .batch_statistics import STATISTICS, common_statistics
 from .checkpoints import Checkpoint, open_checkpoint
 from .data import READ_AS_TEXT, ExpertRows, read_rows, split_rows
-from .errors import TwinMergingError
+from .errors import TwinMergingError, require_extra
 from .late import before_routing
 from .processing import Processing, differing_parts, load_processing, position_limit
 from .recipe import BASE, ExpertSpec, Recipe, check_base
@@ -131,7 +132,7 @@ def preflight(recipe: Recipe, report: Callable[[str], None] = lambda message: No
     processing = _attempt(problems, _common_processing, backbones, recipe, problems, notes)
     rows = None
     if None not in entries:
-        rows = _attempt(problems, _rows, recipe, entries, input_kind(first), processing)
+        rows = _attempt(problems, _rows, recipe, entries, input_kind(first))
         _attempt(problems, _check_label_space, entries)
         notes += [*_label_notes(entries), *_data_notes(recipe)]
     _attempt(problems, _check_patterns, recipe, list(first.backbone))
@@ -215,6 +216,7 @@ def _attempt(problems: list[str], action: Callable, *args: Any) -> Any:
 
 
 def _raise(problems: list[str]) -> None:
+    problems = list(dict.fromkeys(problems))  # a missing package is missed more than once
     if len(problems) == 1:
         raise TwinMergingError(problems[0])
     if problems:
@@ -345,9 +347,10 @@ def _entry(checkpoint: Checkpoint, expert: ExpertSpec) -> dict:
         )
     if problem_type == "regression" and len(labels) != 1:
         raise TwinMergingError(f"{checkpoint.role} is a regression with {len(labels)} outputs; only one is supported")
-    if len(set(labels)) != len(labels):
+    twice = next((label for label, count in Counter(labels).items() if count > 1), None)
+    if twice is not None:
         raise TwinMergingError(
-            f"{checkpoint.role}: two labels have one name ({labels}); give others by `labels` in the recipe"
+            f"{checkpoint.role}: two labels have one name ({twice!r}); give others by `labels` in the recipe"
         )
     return {"name": expert.name, "labels": labels, "problem_type": problem_type, "source": expert.model}
 
@@ -417,6 +420,8 @@ def _common_processing(
         if processing is not None:
             loaded.append((checkpoint, processing))
     what = "image processor" if kind == "image" else "tokenizer"
+    if not loaded and any(expert.data is not None for expert in recipe.experts):
+        raise TwinMergingError(f"`data` is given, but no checkpoint has a {what} to read it with")
     if not loaded:
         notes.append(f"no checkpoint has a {what}, so the artifact has none; pipelines need one")
         return None
@@ -441,17 +446,17 @@ def checkpoint_processing(checkpoint: Checkpoint, kind: str, trust_remote_code: 
     return None
 
 
-def _rows(recipe: Recipe, entries: list[dict], kind: str, processing: Processing | None) -> list[ExpertRows] | None:
+def _rows(recipe: Recipe, entries: list[dict], kind: str) -> list[ExpertRows] | None:
     with_data = [expert for expert in recipe.experts if expert.data is not None]
     if not with_data:
         return None
+    if kind == "image":
+        require_extra("PIL", "vision")  # said once, not for each expert
     problems: list[str] = []
     rows = []
     for expert, entry in zip(recipe.experts, entries, strict=True):
         if expert.data is not None:
             rows.append(_attempt(problems, _expert_rows, expert, entry, kind, recipe))
-    if processing is None:
-        problems.append("`data` is given, but no checkpoint has a tokenizer or image processor to read it with")
     if problems:
         raise TwinMergingError("\n".join(problems))
     return rows if len(with_data) == len(recipe.experts) else None
@@ -522,4 +527,6 @@ def read_all_rows(
     recipe: Recipe, entries: list[dict], kind: str, processing: Processing | None
 ) -> list[ExpertRows] | None:
     """Rows of every expert, split as a build splits them; None unless all have data. Raises `TwinMergingError`."""
-    return _rows(recipe, entries, kind, processing)
+    if processing is None and any(expert.data is not None for expert in recipe.experts):
+        raise TwinMergingError("`data` is given, but there is no tokenizer or image processor to read it with")
+    return _rows(recipe, entries, kind)

@@ -1,6 +1,7 @@
 """Tokenizers and image processors of checkpoints: loaded, compared, and run on rows of data."""
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,22 +143,65 @@ def load_processing(path: Path, kind: str, role: str, trust_remote_code: bool = 
     """
     Load the tokenizer or image processor that lies in a checkpoint's folder, or return None if there is none.
 
+    It comes without code of its own: a fast tokenizer's class is exchanged for Transformers' (`trust_remote_code`).
+
     Raises:
-        TwinMergingError: there is one, but it cannot be loaded.
+        TwinMergingError: there is one, but it cannot be loaded, or it cannot do without its code.
     """
     names = _IMAGE_FILES if kind == "image" else _TOKENIZER_FILES
     if not any((path / name).is_file() for name in names):
         return None
     auto_class = AutoImageProcessor if kind == "image" else AutoTokenizer
+    if kind == "image":
+        require_extra("PIL", "vision")  # Transformers' own words for it are many, and name no extra
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # the torchvision notice, once for each folder
+    what = "image processor" if kind == "image" else "tokenizer"
     try:
-        return Processing(kind, auto_class.from_pretrained(path, trust_remote_code=trust_remote_code))
+        return Processing(kind, _without_code(auto_class.from_pretrained(path, trust_remote_code=trust_remote_code)))
     except Exception as error:
-        what = "image processor" if kind == "image" else "tokenizer"
         raise TwinMergingError(f"{role}: the {what} in {path} cannot be loaded: {error}") from error
     finally:
         transformers_logging.set_verbosity(level)
+
+
+_TRIAL = ("One text, with 2 numbers.", "Another TEXT; ünïcode too!")
+
+
+def _without_code(processor: Any) -> Any:
+    """
+    A processor that leads to no code but Transformers': an artifact carries the package's code only.
+
+    Raises:
+        ValueError: what its own code does cannot be had without it.
+    """
+    name = type(processor).__name__
+    if type(processor).__module__.split(".")[0] == "transformers_modules":
+        if not getattr(processor, "is_fast", False):
+            raise ValueError(
+                f"{name} is code of the checkpoint's own, which an artifact does not carry; save the checkpoint with a class "
+                "of Transformers' (of tokenizers, a fast one)"
+            )
+        plain = _plain_tokenizer(processor)
+        if any(plain(*texts).data != processor(*texts).data for texts in [*((text,) for text in _TRIAL), _TRIAL]):
+            raise ValueError(
+                f"without its own code, {name} would split texts otherwise; save it as a PreTrainedTokenizerFast"
+            )
+        processor = plain
+    for holder in (vars(processor), getattr(processor, "init_kwargs", {})):
+        holder.pop("auto_map", None)
+    return processor
+
+
+def _plain_tokenizer(tokenizer: Any) -> Any:
+    """The same fast tokenizer as a class of Transformers'."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        path = Path(folder) / "tokenizer_config.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content.pop("auto_map", None)
+        path.write_text(json.dumps({**content, "tokenizer_class": "PreTrainedTokenizerFast"}), encoding="utf-8")
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def differing_parts(one: Processing, other: Processing, only: tuple[str, ...] | None = None) -> list[str]:

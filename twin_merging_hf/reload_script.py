@@ -4,8 +4,10 @@ Loads an artifact as someone does who does not have this package; `reload.py` ru
 usage: reload_script.py FOLDER AUTO_CLASS   (prints one line of JSON)
 """
 
+import importlib.util
 import json
 import sys
+from pathlib import Path
 
 
 class Block:
@@ -25,6 +27,7 @@ def main(folder: str, auto_class: str) -> dict:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True)
+    load_processing(folder)
     state = model.state_dict()
     return {
         "module": type(model).__module__.split(".")[0],
@@ -34,6 +37,23 @@ def main(folder: str, auto_class: str) -> dict:
     }
 
 
+def load_processing(folder: str) -> None:
+    """Load the tokenizer and the image processor, where there are any: a pipeline would."""
+    from transformers import AutoTokenizer
+
+    # From where it is defined: the package's own name for it asks for torchvision in older releases, the class does not.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    files = {path.name for path in Path(folder).iterdir()}
+    if files & {"tokenizer.json", "tokenizer_config.json"}:
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    if files & {"preprocessor_config.json", "processor_config.json"} and importlib.util.find_spec("PIL"):
+        AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+
+
 if __name__ == "__main__":
-    found = main(*sys.argv[1:])
+    try:
+        found = main(*sys.argv[1:])
+    except Exception as error:
+        sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")
     sys.stdout.write(json.dumps(found) + "\n")

@@ -68,7 +68,16 @@ class Answering:
             chat = [{"role": "user", "content": given}]
             given = self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
             return dict(self.processor(given, return_tensors="pt", add_special_tokens=False))
-        return dict(self.processor(given, return_tensors="pt", truncation=True))
+        return dict(self.processor(given, return_tensors="pt", truncation=True, max_length=self._most_tokens()))
+
+    def _most_tokens(self) -> int:
+        """Longer texts are cut: many tokenizers do not say what the model has positions for."""
+        text = self.model.config.get_text_config()
+        positions = getattr(text, "max_position_embeddings", None) or 1 << 30
+        # RoBERTa and its kin spend some on padding.
+        if any(hasattr(module, "create_position_ids_from_input_ids") for module in self.model.modules()):
+            positions -= (text.pad_token_id or 0) + 1
+        return min(self.processor.model_max_length, positions)
 
     # ---- one answer and how sure it is, of an expert (None: routed) -------------------------------------------------
 
@@ -76,6 +85,8 @@ class Answering:
         output = self.model(**inputs, experts=expert)
         specs, names = self.model.config.experts, self.model.expert_names
         best = names[int(output.expert_weights[0].argmax())] if expert in (None, SHARED) else expert
+        if all(spec["problem_type"] == "regression" for spec in specs):
+            return f"{self.model.config.id2label[0]}: {output.logits[0, 0]:.3f}", ""
         if specs[names.index(best)]["problem_type"] == "regression":
             span = slice(*self.model.label_space.spans[names.index(best)])
             return f"{best}: {output.expert_logits[0, span].flatten()[0]:.3f}", ""

@@ -8,6 +8,7 @@ from pathlib import Path
 from twin_merging_hf.artifact import check_artifact, read_config, staged
 from twin_merging_hf.errors import TwinMergingError
 from twin_merging_hf.modeling.shared_twin_merging import find_shared_class
+from twin_merging_hf.publish import artifact_files, refuse_local_base
 
 
 ARTIFACT_FOLDER, SETTINGS_FILE = "artifact", "settings.json"
@@ -21,17 +22,19 @@ def make_space(artifact: Path, out: Path, repo_id: str | None = None, title: str
     Write a Gradio Space for an artifact.
 
     Args:
-        artifact: folder of an artifact; it goes along, unless `repo_id` says where it is.
+        artifact: folder of an artifact; its files go along, unless `repo_id` says where they are.
         out: folder to write; must not exist.
         repo_id: `NAME/NAME@COMMIT` of the uploaded artifact; the page loads exactly that commit, for its code runs there.
         title: of the page; default the folder's name.
 
     Raises:
-        TwinMergingError: the artifact is not whole, `out` exists, a repository without its commit.
+        TwinMergingError: the artifact is not whole, or refers to a base on this machine or to a file outside of its folder;
+            `out` exists; a repository without its commit.
     """
     problems = check_artifact(artifact)
     if problems:
         raise TwinMergingError(f"{artifact} is not whole: {problems[0]}")
+    refuse_local_base(artifact)
     config = read_config(artifact)
     source, revision = ARTIFACT_FOLDER, None
     if repo_id is not None:
@@ -59,7 +62,9 @@ def make_space(artifact: Path, out: Path, repo_id: str | None = None, title: str
         (folder / SETTINGS_FILE).write_text(content, encoding="utf-8")
         (folder / "README.md").write_text(_card(title, config.expert_names, repo_id, source), encoding="utf-8")
         if repo_id is None:
-            shutil.copytree(artifact, folder / ARTIFACT_FOLDER)
+            (folder / ARTIFACT_FOLDER).mkdir()
+            for name in artifact_files(artifact, config):
+                shutil.copyfile(artifact / name, folder / ARTIFACT_FOLDER / name)
     return out
 
 
