@@ -90,12 +90,17 @@ def base_state(config: Any, source: str | None, hub: dict, dtype: Any = "auto") 
     options = dict(hub)
     if source is None and reference.get("revision"):
         options["revision"] = reference["revision"]
-    remedy = "give the folder or Hub id where it is by `from_pretrained(..., shared_model=...)`"
+    remedy = (
+        "give the folder or Hub id where it is by `from_pretrained(..., shared_model=...)`, or for good (and for commands) as "
+        "`model` of `shared_reference` in the artifact's config.json"
+    )
     try:
         files = weight_files(model, options)
     except (OSError, ValueError) as error:
+        gone = os.path.isabs(model) and not os.path.isdir(model)
+        why = "no such folder" if gone else error  # the Hub's complaint about a path as an id tells nothing
         raise ValueError(
-            f"this artifact keeps its shared model by reference, and the base {model!r} is not to be had ({error}); {remedy}"
+            f"this artifact keeps its shared model by reference, and the base {model!r} is not to be had ({why}); {remedy}"
         ) from error
     found = fingerprint(files)
     if found != reference["sha256"]:

@@ -60,10 +60,13 @@ def test_the_type_asked_for_is_that_of_the_shared_model_too(own):
 def test_another_base_is_refused_and_the_same_one_elsewhere_is_found_if_told(own, tmp_path):
     shutil.copytree(own / "base", tmp_path / "moved")
     shutil.rmtree(own / "base")
-    with pytest.raises(ValueError, match="is not to be had.*shared_model"):
+    with pytest.raises(ValueError, match="is not to be had.*no such folder.*shared_model.*shared_reference"):
         load(own / "artifact")
     model = load(own / "artifact", shared_model=str(tmp_path / "moved"))
     model.save_pretrained(tmp_path / "saved")
+    reference = {**model.config.shared_reference, "model": str(tmp_path / "moved")}
+    files.edit_json(own / "artifact" / "config.json", shared_reference=reference)
+    same_answers(model, load(own / "artifact"))
     files.edit_tensors(tmp_path / "moved", lambda tensors: tensors["bert.pooler.dense.bias"].add_(1e-3))
     with pytest.raises(ValueError, match="is not the one that the artifact was built on.*SHA-256"):
         load(own / "artifact", shared_model=str(tmp_path / "moved"))

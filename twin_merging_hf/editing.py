@@ -284,7 +284,7 @@ class _Edit:
 def describe_edit(result: EditResult) -> Sequence[str]:
     """An edit in lines for people: labels with their ids, and the drift."""
     edit = result.report["edits"][-1]
-    lines = [f"labels ({len(result.labels)}):"]
+    lines = [f"labels ({len(result.labels)}):"] if result.labels else []
     lines += [f"  {i} {label}" for i, label in enumerate(result.labels)]
     lines += [f"  moved: {label} was {old} and is {new}" for label, (old, new) in result.moved.items()]
     lines.append(f"router: {edit['router']}")
