@@ -422,6 +422,8 @@ def test_an_adapter_joins_an_artifact_and_one_of_another_base_does_not(own, tmp_
     with torch.no_grad():
         expected = adapters.dense_model("bert", own, "c", tiny.LABELS["c"], SCALE["c"])(**batch).logits
     torch.testing.assert_close(own_logits(model, batch, "c"), expected, rtol=0, atol=1e-4)
+    built = build_artifact(adapters.recipe(own, shared_model="base", file="all.yaml"), own / "all", QUIET).folder
+    assert model.config.ranks == load(built).config.ranks  # no rank beyond the adapter's own
     files.edit_tensors(own / "base", lambda tensors: tensors["bert.pooler.dense.weight"].add_(1e-3))
     with pytest.raises(TwinMergingError, match="fingerprint"):
         editing.add_expert(artifact, tmp_path / "again", newcomer, None, QUIET)

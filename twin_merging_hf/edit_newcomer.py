@@ -99,6 +99,8 @@ def separate_newcomer(source: Source, alone: Inputs, others: Sequence[int]) -> S
             raise TwinMergingError(
                 f"{expert.role}: tensor {name!r} holds integers that differ from the artifact's; that cannot be merged"
             )
+    if isinstance(expert, AdaptedCheckpoint) and _is_shared(expert.base, source.built):
+        alone = replace(alone, base=source.built)  # then its delta is the LoRA itself, as in a build
     if alone.recipe.exclusive.budget is None:
         return separate(alone)
     ranks = {name: [round(_mean([all_ranks[i] for i in others]))] for name, all_ranks in source.stack.ranks.items()}
@@ -108,6 +110,14 @@ def separate_newcomer(source: Source, alone: Inputs, others: Sequence[int]) -> S
         if len(shape) > 1:
             ranks.setdefault(name, [0 if name in dropped else min(usual, *matrix_shape(shape))])
     return separate(alone, ranks=ranks)
+
+
+def _is_shared(base: Checkpoint, built: Checkpoint) -> bool:
+    """Whether a base, in the artifact's type, is the stored shared model."""
+    return all(
+        name in base.places and torch.equal(base.tensor(name).to(built.dtype(name)), built.tensor(name))
+        for name in built.backbone
+    )
 
 
 def _mean(values: Sequence[int]) -> float:

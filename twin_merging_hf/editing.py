@@ -181,7 +181,8 @@ class _Edit:
             kind = self.config.router_type + (", none" if self.config.router_none_distance is not None else "")
             raise TwinMergingError(
                 f"the artifact's router ({kind}) is trained on rows of all experts, and `data` of {', '.join(old)} "
-                f"{self._not_found()}; give --recipe FILE, a recipe whose experts of these names have `data`"
+                f"{self._not_found()}; give --recipe FILE (`recipe=` in Python), a recipe whose experts of these names "
+                "have `data`"
             )
         if folder is None:
             raise TwinMergingError(
