@@ -7,6 +7,7 @@ import yaml
 
 from twin_merging_hf.artifact import LAYOUT
 from twin_merging_hf.modeling import TwinMergingConfig
+from twin_merging_hf.modeling.heads_twin_merging import LabelSpace
 
 from .card_scores import CardScores, card_scores, model_index
 from .card_tables import (
@@ -53,14 +54,31 @@ tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)"""
 _BY_HAND = """\
 `expert_weights` says who answered. To choose by hand: `model(**inputs, experts="{expert}")`, or
 `with {model}.use_experts("{expert}"): ...`."""
-_LABELS_MEAN = "`logits` are log-probabilities over all experts' labels. "
-_TOKENS_MEAN = "`logits` are those over the vocabulary of the mixture that a row gets. "
+# By kind of the label space.
+_LOGITS_MEAN = {
+    "union": "`logits` are log-probabilities over all experts' labels. ",
+    "tags": "`logits` are log-probabilities over all experts' tags. ",
+    "same": "`logits` are log-probabilities over the labels that all experts have. ",
+    "value": "`logits` hold one number a row: the experts' own, by their weights. ",
+    "language": "`logits` are those over the vocabulary of the mixture that a row gets. ",
+}
+_NUMBERS = "The number of an expert that is a regression stands in `expert_logits`. "
 _GENERATES = """
 `generate(..., experts="{expert}")` takes the same choice; without one, a row is routed once, on its prompt."""
 _COMPETING = """\
 Labels of different experts
 compete in one distribution; give `experts=` where the task is known."""
+_COMMON = (
+    "Experts answer in the same\nterms, so only `expert_weights` says who did; give `experts=` where the task is known."
+)
 _KEPT = "What was chosen for a prompt stays\nwhile tokens are written; give `experts=` where the task is known."
+_KNOWN = "Give `experts=` where\nthe task is known."
+_STRANGERS = "An input that belongs to none of the experts is still given to one of them, or to a mixture."
+_KEPT_OFF = "An input that belongs to none of the experts goes to the shared model where the router knows it for one."
+_LIMITS = {"union": _COMPETING, "tags": _COMPETING, "same": _COMMON, "value": _COMMON, "language": _KEPT}
+_REFERENCE = """
+
+The shared model is not among these files: it is fetched from {base}, and refused if its weights are others."""
 _TRUST = ', revision="COMMIT_HASH", trust_remote_code=True'
 _DATASET = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
 LOCATION = "PATH_OR_REPO_ID"
@@ -84,7 +102,7 @@ def render_card(
         evaluation: what `twin-merging evaluate` wrote about this artifact.
     """
     names = [expert["name"] for expert in config.experts]
-    language = kind in ("prompt", "masked")
+    space = LabelSpace.of(config.experts)
     together = _is_encoder_decoder(config, kind)
     by_hand = _BY_HAND.format(expert=names[0], model="model" if together else "pipe.model")
     generates = _GENERATES.format(expert=names[0]) if kind == "prompt" else ""
@@ -99,8 +117,9 @@ def render_card(
         count=len(names),
         usage=_usage(kind, together, pinned=False),
         pinned=_usage(kind, together, pinned=True),
-        outputs=(_TOKENS_MEAN if language else _LABELS_MEAN) + by_hand + generates,
-        limits=_KEPT if language else _COMPETING,
+        outputs=_meaning(space) + by_hand + generates + _reference(config),
+        strangers=_STRANGERS if config.router_none_distance is None else _KEPT_OFF,
+        limits=_KNOWN if kind == "masked" else _LIMITS[space.kind],
         experts=experts_table(config, report),
         routing=routing_text(config, report, picture),
         verdict=agreement_text(report),
@@ -122,6 +141,21 @@ def _usage(kind: str, together: bool, pinned: bool) -> str:
         options=_OPTIONS.get(kind, ""),
         trust=_TRUST if pinned else "",
     )
+
+
+def _meaning(space: LabelSpace) -> str:
+    numbers = space.kind == "union" and any(space.regression)
+    return _LOGITS_MEAN[space.kind] + (_NUMBERS if numbers else "")
+
+
+def _reference(config: TwinMergingConfig) -> str:
+    """Where the shared model is, if the artifact does not hold it."""
+    reference = config.shared_reference
+    if not reference:
+        return ""
+    model, revision = reference["model"], reference.get("revision")
+    base = f"[{model}](https://huggingface.co/{model}) at commit `{revision}`" if revision else f"the folder `{model}`"
+    return _REFERENCE.format(base=base)
 
 
 def _is_encoder_decoder(config: TwinMergingConfig, kind: str) -> bool:

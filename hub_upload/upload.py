@@ -5,13 +5,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+import yaml
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
 from huggingface_hub.errors import (
     HfHubHTTPError,
+    HFValidationError,
     LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from twin_merging_hf.artifact import LAYOUT, read_config
 from twin_merging_hf.errors import TwinMergingError, without_tokens
@@ -33,6 +37,8 @@ _KINDS = {
     "AutoModelForMaskedLM": "masked",
 }
 _QUOTA_CODES = (402, 413, 507)
+# By name, as the client's library for connections differs between its versions.
+_NO_NETWORK = {"ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError"}
 
 
 @dataclass(frozen=True)
@@ -76,9 +82,14 @@ def push_artifact(
 
     Raises:
         TwinMergingError: the artifact does not pass `check_whole`, refers to a base on this machine, holds a link to outside
-            of its folder, or the Hub refuses (no such repository, bad token, no permission, quota, broken connection).
+            of its folder, its card was edited so that the Hub cannot read it, or the Hub refuses or cannot be had (no such
+            repository, bad token, no permission, quota, no network, broken connection).
     """
     folder = Path(artifact)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise TwinMergingError(f"{repo_id!r} can be no repository, give NAME or NAMESPACE/NAME: {error}") from error
     if create_pr and revision not in (None, "main"):
         raise TwinMergingError("a pull request is opened against main: give either `create_pr` or `revision`, not both")
     refuse_local_base(folder)
@@ -140,10 +151,10 @@ def _left(folder: Path, names: list[str]) -> list[str]:
 def card_for(folder: Path, config: TwinMergingConfig, say: Callable[[str], object] = lambda message: None) -> str:
     """
     The card to upload, with `LOCATION` for the repository's name: rendered again with the scores of an evaluation.json in the
-    folder; a card that was edited by hand keeps every word.
+    folder; a card that was edited by hand keeps every word, and an empty one is none.
 
     Raises:
-        TwinMergingError: the evaluation cannot be read, or is of other experts.
+        TwinMergingError: the evaluation cannot be read, or is of other experts; the edited card's metadata cannot be read.
     """
     evaluation = _evaluation(folder, config)
     kind = _KINDS.get(find_shared_class(config.shared_class)[1], "text")
@@ -153,8 +164,14 @@ def card_for(folder: Path, config: TwinMergingConfig, say: Callable[[str], objec
         recipe = (folder / LAYOUT.recipe).read_text(encoding="utf-8")
     except (OSError, ValueError, RecursionError) as error:
         raise TwinMergingError(f"{folder} cannot be given a card: {error}; build the artifact again") from error
-    if written == render_card(config, report, recipe, kind):
+    if not written.strip() or written == render_card(config, report, recipe, kind):
         return render_card(config, report, recipe, kind, evaluation=evaluation)
+    try:
+        ModelCard(written)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
+        raise TwinMergingError(
+            f"{folder / LAYOUT.card}: the metadata between its `---` lines cannot be read: {error}"
+        ) from error
     if evaluation is not None:
         say(f"{LAYOUT.card} was edited, or is of another version; it is uploaded as it is, without {LAYOUT.evaluation}")
     return written
@@ -182,7 +199,11 @@ def _explain(error: Exception, repo_id: str, create_pr: bool, token: str | bool 
     text = without_tokens(" ".join(str(error).split()))
     if isinstance(token, str) and token:
         text = text.replace(token, "[token]")
-    if isinstance(error, LocalTokenNotFoundError) or status == 401:
+    if isinstance(error, OfflineModeIsEnabled):
+        advice = "nothing can be uploaded in offline mode; unset HF_HUB_OFFLINE"
+    elif any(kind.__name__ in _NO_NETWORK for kind in type(error).__mro__):
+        advice = f"{constants.ENDPOINT} cannot be reached; is there a network, and is HF_ENDPOINT right if it is set?"
+    elif isinstance(error, LocalTokenNotFoundError) or status == 401:
         advice = "the token is missing or not valid; log in with `hf auth login`, or set HF_TOKEN"
     elif isinstance(error, RevisionNotFoundError):
         advice = "there is no such revision; `refs/pr/N` must be an open pull request"

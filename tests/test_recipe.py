@@ -273,6 +273,8 @@ def test_a_bad_recipe_file_is_named(tmp_path, case):
 
 
 def test_a_missing_recipe_file_names_the_command_that_writes_one(tmp_path):
+    with pytest.raises(TwinMergingError, match="is a folder; give the file in it"):
+        load_recipe(tmp_path)
     with pytest.raises(TwinMergingError, match="does not exist; `twin-merging init"):
         load_recipe(tmp_path / "none.yaml")
 

@@ -44,7 +44,13 @@ def test_it_names_a_changed_recipe(world, inputs, tmp_path):
 def test_sources_that_are_gone_are_not_called_the_same(world, inputs):
     shutil.rmtree(inputs / "c")
     (state,) = [state for state in verify_artifact(world.artifact("bert"), inputs) if not state.is_same]
-    assert state.name == "c" and state.changed == () and "source 'c'" in str(state.unknown)
+    assert state.name == "c" and state.changed == () and "`--from FOLDER`" in str(state.unknown)
+
+
+def test_a_folder_that_is_gone_is_not_looked_for_on_the_hub(world, inputs, monkeypatch):
+    shutil.rmtree(inputs / "c")
+    monkeypatch.setattr(checkpoints, "snapshot_download", lambda *args, **kwargs: pytest.fail("asked the Hub"))
+    assert not all(state.is_same for state in verify_artifact(world.artifact("bert"), inputs))
 
 
 def test_a_source_from_the_hub_records_its_commit_and_its_card(world, tmp_path, monkeypatch):

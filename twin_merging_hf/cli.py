@@ -333,9 +333,9 @@ def upload(
 ) -> None:
     """Check an artifact and upload it to the Hub as one commit; the token is HF_TOKEN or the stored login."""
     from .hub_upload import push_artifact
-    from .progress import Progress
+    from .progress import Progress, no_upload_bars
 
-    with _errors():
+    with _errors(), no_upload_bars(quiet):
         pushed = push_artifact(
             artifact, repo_id, private=private or None, create_pr=create_pr, revision=revision, commit_message=message,
             say=Progress(quiet).say,

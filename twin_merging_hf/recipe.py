@@ -197,6 +197,8 @@ def load_recipe(path: str | Path) -> Recipe:
             names the key and what is allowed.
     """
     path = Path(path)
+    if path.is_dir():
+        raise TwinMergingError(f"recipe {path} is a folder; give the file in it, such as {path / 'recipe.yaml'}")
     if not path.is_file():
         raise TwinMergingError(f"recipe {path} does not exist; `twin-merging init MODEL... -o recipe.yaml` writes one")
     try:

@@ -1,11 +1,12 @@
 """Is an artifact still what its sources would give? Compares recorded fingerprints with the sources of today."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from .artifact import LAYOUT, read_config
-from .checkpoints import resolve, settings_fingerprint, weights_fingerprint
+from .checkpoints import local_folder, resolve, settings_fingerprint, weights_fingerprint
 from .errors import TwinMergingError
 
 
@@ -72,6 +73,12 @@ def _state(name: str, recorded: object, sources_in: Path) -> SourceState:
     if not isinstance(recorded, dict) or not all(isinstance(recorded.get(key), str) for key in ("model", "sha256")):
         return SourceState(name, "?", unknown="the artifact records no `model` and `sha256` of it")
     model = recorded["model"]
+    # What was a folder at the build is not looked for on the Hub, where anybody may have a model of that name.
+    if recorded.get("from_hub") is False and not os.path.isdir(local_folder(model, sources_in)):
+        where = local_folder(model, sources_in)
+        return SourceState(
+            name, model, unknown=f"folder {where} is not there; `--from FOLDER` says where the recipe lay"
+        )
     try:
         path = resolve(model, sources_in, f"source {name!r}")
         found = {"weights": weights_fingerprint(path, f"source {name!r}"), "config": settings_fingerprint(path)}

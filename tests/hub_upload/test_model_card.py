@@ -45,6 +45,45 @@ def test_the_hub_can_read_it(kind, artifact):
     assert f'pipeline("{task}"' in text and 'experts="a"' in text
 
 
+SPACES = {
+    "labels of each": ({"a": ["x", "y"], "b": ["p", "q"]}, "over all experts' labels. `expert_weights`", "compete"),
+    "labels of each and a number": (
+        {"a": ["x", "y"], "r": ["value"]},
+        "a regression stands in `expert_logits`",
+        "compete",
+    ),
+    "common labels": ({"a": ["x", "y"], "b": ["y", "x"]}, "labels that all experts have", "only `expert_weights`"),
+    "numbers": ({"r": ["value"], "s": ["value"]}, "one number a row", "only `expert_weights`"),
+}
+
+
+@pytest.mark.parametrize("case", SPACES)
+def test_it_says_what_the_outputs_are(world, case):
+    labels, meaning, limit = SPACES[case]
+    text = card_of(world.artifact("bert", labels)).text
+    assert meaning in text and limit in text.split("## Limits")[1]
+
+
+def test_it_says_where_rows_of_nobody_go(world):
+    config = read_config(world.artifact("bert"))
+    report = files.read_json(world.artifact("bert") / "report.json")
+    assert "is still given to one of them" in render_card(config, report, "seed: 0", "text")
+    config.router_none_distance = 1.0
+    text = render_card(config, report, "seed: 0", "text")
+    assert "is still given to one of them" not in text and "goes to the shared model where the router" in text
+
+
+def test_it_says_where_a_shared_model_by_reference_is(world):
+    config = read_config(world.artifact("bert"))
+    report = files.read_json(world.artifact("bert") / "report.json")
+    assert "is fetched from" not in render_card(config, report, "seed: 0", "text")
+    config.shared_reference = {"model": "me/base", "revision": "0" * 40, "sha256": "1" * 64}
+    text = render_card(config, report, "seed: 0", "text")
+    assert f"is fetched from [me/base](https://huggingface.co/me/base) at commit `{'0' * 40}`" in text
+    config.shared_reference = {"model": "/there/base", "revision": None, "sha256": "1" * 64}
+    assert "is fetched from the folder `/there/base`" in render_card(config, report, "seed: 0", "text")
+
+
 def test_it_says_what_the_report_says(artifact):
     text, report = card_of(artifact).text, files.read_json(artifact / "report.json")
     assert [row[0] for row in table(text, "Experts")[2:]] == list(tiny.LABELS)

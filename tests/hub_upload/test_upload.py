@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from transformers import pipeline
 from typer.testing import CliRunner
 
@@ -250,8 +250,36 @@ def test_what_the_hub_refuses_is_explained(copy, stub, case):
 
 @pytest.mark.parametrize("name", ["a b", "a/b/c", "-x", "x" * 200])
 def test_a_name_that_cannot_be(copy, stub, name):
-    with pytest.raises(TwinMergingError):
-        push_artifact(copy, name)
+    said: list[str] = []
+    with pytest.raises(TwinMergingError, match="can be no repository, give NAME or NAMESPACE/NAME"):
+        push_artifact(copy, name, say=said.append)
+    assert said == [], "before the artifact is looked at"
+
+
+def test_no_network_and_no_wish_for_one_are_said_first(copy, stub, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(TwinMergingError, match=f"^{REPO}: http://127.0.0.1:9 cannot be reached; is there a network"):
+        push_artifact(copy, REPO)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        TwinMergingError, match=f"^{REPO}: nothing can be uploaded in offline mode; unset HF_HUB_OFFLINE"
+    ):
+        push_artifact(copy, REPO)
+
+
+def test_a_card_that_the_hub_could_not_read_is_refused_and_an_empty_one_is_written_anew(copy, stub):
+    before = (copy / LAYOUT.card).read_text()
+    (copy / LAYOUT.card).write_text("---\ntags: [1\n---\nMine.\n")
+    with pytest.raises(TwinMergingError, match=r"README\.md: the metadata .* cannot be read"):
+        push_artifact(copy, REPO)
+    (copy / LAYOUT.card).write_text("\n")
+    push_artifact(copy, REPO)
+    assert stub.files(REPO)[LAYOUT.card].decode() == before.replace("PATH_OR_REPO_ID", REPO)
+
+
+def test_quiet_is_quiet(copy, stub):
+    result = CliRunner().invoke(app, ["upload", "--quiet", str(copy), REPO])
+    assert result.exit_code == 0 and result.stderr == "", result.output
 
 
 def test_large_files_that_broke_off_are_resumed(copy, large, tmp_path):
