@@ -150,6 +150,12 @@ class TwinMergingConfig(PreTrainedConfig):
         if self.experts:
             self.validate_twin_merging()
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in Transformers; raises `ValueError`, before anything is written, if a field was set to what is impossible."""
+        if self.experts:
+            self.validate_twin_merging()
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def get_text_config(self, decoder=None, encoder=None):
         """Delegate to the shared model's config, where caches and vocabulary checks look."""
         if not isinstance(self.shared_config, PreTrainedConfig):

@@ -49,6 +49,18 @@ def test_one_centre_an_expert_is_the_textbook_discriminant():
     torch.testing.assert_close(router.score(x).log_softmax(-1), expected.float(), rtol=0, atol=2e-3)
 
 
+def test_what_all_rows_have_in_common_costs_no_digits():
+    """Hidden states have directions that are large in every row; logits may not be large for it."""
+    features, owners = planted()
+    router, moved = CentroidRouter(SIZE, [1] * EXPERTS), CentroidRouter(SIZE, [1] * EXPERTS)
+    fit_centroid(router, features, owners)
+    common = 30.0
+    fit_centroid(moved, features.double() + common, owners)
+    x, _ = planted(seed=1)
+    found = moved.score(x + common).log_softmax(-1)
+    torch.testing.assert_close(found, router.score(x).log_softmax(-1), rtol=0, atol=2e-4)
+
+
 def test_fewer_rows_than_features_give_the_same_router(monkeypatch):
     features, owners = planted(40)
     direct, by_rows = CentroidRouter(SIZE, [1] * EXPERTS), CentroidRouter(SIZE, [1] * EXPERTS)

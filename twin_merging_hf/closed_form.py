@@ -42,12 +42,14 @@ def fit_centroid(router: CentroidRouter, features: torch.Tensor, groups: torch.T
     """
     features, total = features.double(), sum(router.centres)
     centres = centres_of(features, groups, total)
-    weight = _within_inverse(features - centres[groups], centres)
+    # What all centres have in common moves all logits alike: without it they are small, and keep their digits in float32.
+    middle = centres.mean(dim=0)
+    weight = _within_inverse(features - centres[groups], centres - middle)
     counts = torch.bincount(groups, minlength=total).double()
     shares = torch.cat([block / block.sum() for block in counts.split(router.centres)])
     with torch.no_grad():
         router.classifier.weight.copy_(weight)
-        router.classifier.bias.copy_(-0.5 * (weight * centres).sum(dim=1) + shares.log())
+        router.classifier.bias.copy_(-0.5 * (weight * (centres + middle)).sum(dim=1) + shares.log())
 
 
 def fit_lexicon(router: LexicalRouter, tokens: list[torch.Tensor], experts: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, BertConfig, ViTConfig
 
-from tests import tiny
+from tests import files, tiny
 from tests.conftest import load
 from twin_merging_hf.modeling import TwinMergingConfig, TwinMergingModel
 from twin_merging_hf.modeling.configuration_twin_merging import FORMAT_VERSION, check_expert_names
@@ -101,6 +101,23 @@ BAD: dict[str, tuple[dict, str]] = {
 def test_an_impossible_config_raises_and_names_the_field(changes, message):
     with pytest.raises(ValueError, match=message):
         TwinMergingConfig(**fields(**changes))
+
+
+SET = {"router_temperature": -1, "router_top_k": 9, "router_type": "magic", "experts": [fields()["experts"][0]] * 2}
+
+
+@pytest.mark.parametrize("name", SET)
+def test_what_was_set_to_the_impossible_is_not_saved(world, tmp_path, name):
+    """Neither by the config nor by its model, which leaves an older artifact in that folder as it was."""
+    model = load(world.artifact("bert"))
+    model.save_pretrained(tmp_path / "older")
+    before = files.listing(tmp_path / "older")
+    setattr(model.config, name, SET[name])
+    with pytest.raises(ValueError, match=name if name != "experts" else "expert names"):
+        model.config.save_pretrained(tmp_path / "config")
+    with pytest.raises(ValueError):
+        model.save_pretrained(tmp_path / "older")
+    assert not (tmp_path / "config").exists() and files.listing(tmp_path / "older") == before
 
 
 @pytest.mark.parametrize("changes", [{}, {"router_top_k": 2}, {"router_pass": "full", "router_layer": None}])
