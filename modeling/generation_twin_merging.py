@@ -259,13 +259,13 @@ class GenerationLMMixin(LanguageModelMixin):
     def _supports_logits_to_keep(self) -> bool:
         return "logits_to_keep" in self._accepted
 
-    def _get_candidate_generator(self, *args, model_kwargs: dict, assistant_model: Any = None, **kwargs):
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         """A model that drafts for this one is given the rows' weights only if it has the same experts."""
-        if assistant_model is not None and getattr(assistant_model, "expert_names", None) != self.expert_names:
-            model_kwargs = {name: value for name, value in model_kwargs.items() if name != "expert_weights"}
-        return super()._get_candidate_generator(  # type: ignore[misc]
-            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
-        )
+        drafting = kwargs.get("assistant_model")
+        if drafting is not None and getattr(drafting, "expert_names", None) != self.expert_names:
+            given = kwargs["model_kwargs"]
+            kwargs["model_kwargs"] = {name: value for name, value in given.items() if name != "expert_weights"}
+        return super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
 
 
 class CausalLMMixin(GenerationLMMixin):

@@ -1,5 +1,6 @@
 """What of an artifact may leave this machine."""
 
+import re
 from pathlib import Path
 
 from twin_merging_hf.modeling import TwinMergingConfig
@@ -8,12 +9,18 @@ from .artifact import LAYOUT, code_files, read_config, weight_files
 from .errors import TwinMergingError
 
 
+# A token of the Hub has 34 characters behind its prefix; words of a vocabulary that begin so are shorter.
+_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
+_WRITTEN = (LAYOUT.config, LAYOUT.card, LAYOUT.recipe, LAYOUT.report, LAYOUT.evaluation)
+
+
 def artifact_files(folder: Path, config: TwinMergingConfig) -> list[str]:
     """
     Names of the files that make up an artifact; whatever else lies in its folder is no part of it.
 
     Raises:
-        TwinMergingError: one of them is a link to outside of the folder, whose content nobody meant to publish.
+        TwinMergingError: one of them is a link to outside of the folder, whose content nobody meant to publish, or holds a
+            Hub token, as a comment in a recipe may.
     """
     wanted = [
         LAYOUT.config,
@@ -29,6 +36,10 @@ def artifact_files(folder: Path, config: TwinMergingConfig) -> list[str]:
         if path.resolve().parent != folder.resolve():
             raise TwinMergingError(
                 f"{path} is a link to {path.resolve()}, outside of the artifact; put the file itself there"
+            )
+        if name in _WRITTEN and _TOKEN.search(path.read_bytes()):
+            raise TwinMergingError(
+                f"{path} holds a Hub token, which everybody could read; take it out of the recipe and build again, and revoke it"
             )
     return names
 

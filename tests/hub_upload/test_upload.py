@@ -16,9 +16,11 @@ from tests.conftest import load
 from tests.stub_hub import TOKEN, StubHub, connect
 from twin_merging_hf import TwinMergingError
 from twin_merging_hf.artifact import LAYOUT, check_artifact, read_config
+from twin_merging_hf.builder import Progress, build_artifact
 from twin_merging_hf.cli import app
 from twin_merging_hf.hub_upload import push_artifact, upload
 from twin_merging_hf.hub_upload.model_card import LOCATION
+from twin_merging_hf.space import make_space
 
 
 SCRIPT = Path(__file__).with_name("hub_script.py")
@@ -165,6 +167,19 @@ def test_a_link_to_outside_is_refused(copy, stub, tmp_path):
     with pytest.raises(TwinMergingError, match="is a link to .*secret, outside of the artifact"):
         push_artifact(copy, REPO)
     assert stub.requests == []
+
+
+def test_a_token_in_a_recipe_is_not_published(world, stub, tmp_path):
+    secret = "hf_" + "Ab3" * 12
+    inputs = files.copy_inputs(world.experts("bert"), tmp_path / "in")
+    recipe = tiny.write_recipe(inputs, ("a", "b"), data=False)
+    recipe.write_text(f"# HF_TOKEN={secret}\n" + recipe.read_text())
+    artifact = build_artifact(recipe, tmp_path / "out", Progress(quiet=True)).folder
+    with pytest.raises(TwinMergingError, match="holds a Hub token") as caught:
+        push_artifact(artifact, REPO)
+    assert secret not in str(caught.value) and REPO not in stub.repos
+    with pytest.raises(TwinMergingError, match="holds a Hub token"):
+        make_space(artifact, tmp_path / "space")
 
 
 def test_what_is_not_whole_is_not_uploaded(copy, stub):
