@@ -10,6 +10,7 @@ from .licences import Licences
 
 
 _KINDS = {"regression": "regression", "token_classification": "tags", "language_modeling": "language model"}
+_UNSCORED = {"tokens": "taggers", "masked": "models that fill in words"}
 _MOST_LABELS = 12
 _LONGEST_CELL = 800
 
@@ -130,8 +131,10 @@ def agreement_text(report: dict) -> str:
     ) + table(["expert", "rows", "routed", "given"], rows)
 
 
-def scores_text(scores: CardScores | None) -> str:
+def scores_text(scores: CardScores | None, kind: str) -> str:
     """Raw and normalised scores beside the fine-tuned experts and static merges, and the worst task."""
+    if scores is None and kind in _UNSCORED:
+        return f"Not measured: `twin-merging evaluate` does not score {_UNSCORED[kind]}."
     if scores is None:
         return (
             "Not measured. `twin-merging evaluate ARTIFACT --data NAME=FILE --recipe recipe.yaml --merges "

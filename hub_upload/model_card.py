@@ -123,7 +123,7 @@ def render_card(
         experts=experts_table(config, report),
         routing=routing_text(config, report, picture),
         verdict=agreement_text(report),
-        scores=scores_text(scores),
+        scores=scores_text(scores, kind),
         size=size_text(report),
         licences=licences_text(licences),
         fence=fence(recipe_text),

@@ -64,6 +64,13 @@ def test_it_says_what_the_outputs_are(world, case):
     assert meaning in text and limit in text.split("## Limits")[1]
 
 
+def test_it_names_the_command_for_scores_only_where_that_gives_some(world):
+    artifact = world.artifact("bert", data=False, router={"type": "projection", "rank": 4})
+    assert "`twin-merging evaluate ARTIFACT" in card_of(artifact).text
+    text = card_of(world.artifact("bert-tokens", tiny.TAGS)).text
+    assert "`twin-merging evaluate` does not score taggers" in text and "evaluate ARTIFACT" not in text
+
+
 def test_it_says_where_rows_of_nobody_go(world):
     config = read_config(world.artifact("bert"))
     report = files.read_json(world.artifact("bert") / "report.json")
