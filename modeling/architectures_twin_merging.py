@@ -17,11 +17,21 @@ RMS_NORMS = ("T5LayerNorm", "MT5LayerNorm", "UMT5LayerNorm")
 """Root-mean-square norms that are called otherwise."""
 
 # Subclasses of `nn.Embedding`, by what their forward does.
-SCALED_EMBEDDINGS = ("BartScaledWordEmbedding", "MBartScaledWordEmbedding")
+SCALED_EMBEDDINGS = (
+    "BartScaledWordEmbedding",
+    "MBartScaledWordEmbedding",
+    "M2M100ScaledWordEmbedding",
+    "XGLMScaledWordEmbedding",
+    "BioGptScaledWordEmbedding",
+    "GemmaTextScaledWordEmbedding",
+    "Gemma2TextScaledWordEmbedding",
+    "Gemma3TextScaledWordEmbedding",
+)
 LOOKED_UP_EMBEDDINGS = (
     "BartLearnedPositionalEmbedding",
     "MBartLearnedPositionalEmbedding",
     "OPTLearnedPositionalEmbedding",
+    "BioGptLearnedPositionalEmbedding",
 )
 
 _HEADS_WITH_TIED_BIAS = (

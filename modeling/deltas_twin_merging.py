@@ -131,7 +131,10 @@ def _embedding_term(module, ids, output, delta, call):
 
 
 def _scaled_term(module, ids, output, delta, call):
-    return looked_up(delta, ids, call) * module.embed_scale
+    scale = module.embed_scale
+    if isinstance(scale, torch.Tensor):  # Gemma rounds it to the type of its weights
+        scale = scale.to(module.weight.dtype)
+    return looked_up(delta, ids, call) * scale
 
 
 def _conv2d_term(module, x, output, delta, call):

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
 
 from tests import tiny
+from tests.modeling.language import GREEDY, prompts
 from twin_merging_hf.builder import Progress, build_artifact
 from twin_merging_hf.errors import TwinMergingError
 
@@ -49,6 +51,19 @@ def test_each_row_of_a_mixed_batch_is_answered_as_by_its_own_expert(kind, tmp_pa
         expert = auto_class(kind).from_pretrained(folder / name).eval()
         columns = model.label_space.columns(["a", "b"].index(name))
         torch.testing.assert_close(output[rows][:, columns], expert(**inputs).logits[rows], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["gemma3-lm", "opt-lm"])
+def test_each_prompt_is_gone_on_from_as_by_its_row_s_own_expert(kind, tmp_path):
+    folder = tiny.make_experts(kind, tmp_path, {"a": (), "b": ()})
+    build_artifact(tiny.write_recipe(folder, ("a", "b"), exclusive=FULL_RANK), tmp_path / "out", Progress(quiet=True))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    inputs, names = prompts(), ["a", "b", "b", "a"]
+    written = model.generate(**inputs, experts=names, **GREEDY)
+    for row, name in enumerate(names):
+        single = {key: value[row : row + 1] for key, value in inputs.items()}
+        expert = AutoModelForCausalLM.from_pretrained(folder / name).eval()
+        assert written[row].tolist() == expert.generate(**single, **GREEDY)[0].tolist()
 
 
 @pytest.mark.parametrize(

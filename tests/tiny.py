@@ -107,6 +107,13 @@ _ARCHITECTURES |= {
     "qwen3-lm": ("Qwen3Config", "Qwen3ForCausalLM", {**_GROUPED, "head_dim": 8}),
     "gpt2-lm": ("GPT2Config", "GPT2LMHeadModel", _ARCHITECTURES["gpt2"][2]),
     "gpt_neox-lm": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {**_TEXT, **_DECODER}),
+    "gemma3-lm": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**_GROUPED, "head_dim": 8, "sliding_window": 4}),
+    "opt-lm": (
+        "OPTConfig",
+        "OPTForCausalLM",
+        {**_WIDTHS, **_DECODER, "vocab_size": VOCABULARY, "max_position_embeddings": 66, "ffn_dim": 64,
+         "word_embed_proj_dim": 24},
+    ),
     "t5-lm": (
         "T5Config",
         "T5ForConditionalGeneration",

@@ -95,8 +95,8 @@ def _auto_layers(first: Checkpoint, inputs: Inputs) -> tuple[int, ...]:
 def state_widths(first: Checkpoint, layers: tuple[int, ...]) -> tuple[int, ...]:
     """Widths of the states before each of `layers`, and then of the last state."""
     same = getattr(first.config, "hidden_size", None)
-    if same is not None:
-        return (same,) * (len(layers) + 1)
+    if same is not None:  # OPT may bring its last state back to the width of its embeddings
+        return (*(same,) * len(layers), getattr(first.config, "word_embed_proj_dim", same))
     *before, last = first.map_widths
     return (*(before[layer] for layer in layers), last)
 
