@@ -106,8 +106,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "tuned_recipe": {"distributed", "errors", "recipe"},
     "tuning": {
-        "align_experts", "compression", "errors", "evaluation", "merging", "modeling", "preflight", "progress", "recipe",
-        "separation", "shapes", "shared_merge", "tuned_recipe",
+        "align_experts", "compression", "errors", "evaluation", "language_evaluation", "merging", "modeling", "preflight",
+        "progress", "recipe", "separation", "shapes", "shared_merge", "token_evaluation", "tuned_recipe",
     },
     "demo": {
         "artifact", "builder", "data", "errors", "evaluation", "pictures", "preflight", "progress", "recipe",

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from tests import files, tiny
 from twin_merging_hf import TwinMergingError, evaluation
@@ -131,3 +132,45 @@ def test_refusals(folder, tmp_path):
     with pytest.raises(TwinMergingError, match="'b' has no `data`"):
         tune_recipe(without, tmp_path / "x.yaml", GRIDS, QUIET)
     assert (tmp_path / "tuned.json").read_text() == "mine" and not (tmp_path / "tuned.yaml").exists()
+
+
+# ---- models without classes of rows ----------------------------------------------------------------------------------
+
+
+def with_own_answers(root: Path, name: str, auto: type) -> None:
+    """Rows whose completion is the word that the expert itself writes first."""
+    model, tokenizer = auto.from_pretrained(root / name).eval(), AutoTokenizer.from_pretrained(root / name)
+    rows = [json.loads(line) for line in (root / f"{name}.jsonl").read_text().splitlines()]
+    kept = []
+    for row in rows:
+        inputs = tokenizer(row["prompt"], return_tensors="pt", return_token_type_ids=False)
+        word = int(model.generate(**inputs, max_new_tokens=1, do_sample=False)[0, -1])
+        if word >= len(tiny.SPECIAL):
+            kept.append({**row, "completion": tokenizer.decode(word)})
+    files.write_rows(root / f"{name}.jsonl", kept)
+
+
+@pytest.mark.parametrize(("kind", "auto"), [("llama-lm", AutoModelForCausalLM), ("t5-lm", AutoModelForSeq2SeqLM)])
+def test_language_models_are_scored_by_the_tokens_that_they_would_write(tmp_path, kind, auto):
+    root = tiny.make_experts(kind, tmp_path, {"a": (), "b": ()}, rows=60, std=0.12)
+    for name in "ab":
+        with_own_answers(root, name, auto)
+    recipe = tiny.write_recipe(root, "ab", merge_method="task_arithmetic", exclusive={"rank": 64})
+    tuning = tune_recipe(recipe, tmp_path / "tuned.yaml", GRIDS, QUIET)
+    assert tuning.own == {"a": 1.0, "b": 1.0} and tuning.rank[-1].score == 1.0
+    assert tuning.rank[0].score < 1.0 and min(candidate.score for candidate in tuning.merge) < 1.0
+
+
+def test_taggers_are_scored_by_their_tags(tmp_path):
+    root = tiny.make_experts("bert-tokens", tmp_path, tiny.TAGS, rows=40, std=0.12)
+    tuning = tune_recipe(
+        tiny.write_recipe(root, tuple(tiny.TAGS), exclusive={"rank": 64}), tmp_path / "t.yaml", GRIDS, QUIET
+    )
+    inputs = preflight(load_recipe(root / "recipe.yaml"))
+    for index, name in enumerate(tiny.TAGS):
+        rows = inputs.rows[index].held_out
+        outputs = evaluation.model_outputs(evaluation.checkpoint_model(inputs.experts[index]), rows, inputs.processing)
+        true = torch.tensor([tag for row in rows for tag in row["tags"]])
+        assert tuning.own[name] == pytest.approx(float((outputs.argmax(1) == true).float().mean()))
+    inputs.close()
+    assert tuning.rank[-1].score == pytest.approx(1.0)

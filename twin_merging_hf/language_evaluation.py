@@ -18,7 +18,6 @@ _BATCH = 8
 _MASKED = 0.15
 
 
-@torch.no_grad()
 def predicted_tokens(
     model: nn.Module,
     rows: list[dict],
@@ -39,7 +38,26 @@ def predicted_tokens(
     Returns:
         For each row, token ids [place].
     """
-    found: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+    return [best for best, _ in _forced_tokens(model, rows, processing, routed, experts, tick)]
+
+
+def token_accuracy(model: nn.Module, rows: list[dict], processing: Processing) -> float:
+    """Share of the places of `predicted_tokens` at which a stock model's likeliest token is the row's own."""
+    found = _forced_tokens(model, rows, processing)
+    return token_agreement([best for best, _ in found], [own for _, own in found])
+
+
+@torch.no_grad()
+def _forced_tokens(
+    model: nn.Module,
+    rows: list[dict],
+    processing: Processing,
+    routed: bool = False,
+    experts: str | None = None,
+    tick: Callable[[int], Any] = lambda count: None,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each row, the likeliest tokens [place] at the places of `predicted_tokens`, and the row's own."""
+    found: list[tuple[torch.Tensor, torch.Tensor]] = [(torch.empty(0), torch.empty(0))] * len(rows)
     for chunk in _chunks(rows):
         chosen = [rows[i] for i in chunk]
         prompt, inputs = _inputs(model, chosen, processing)
@@ -49,9 +67,10 @@ def predicted_tokens(
         logits, labels = model(**inputs, **choice).logits, inputs["labels"]
         if processing.kind == "prompt" and not _is_encoder_decoder(model):
             logits, labels = logits[:, :-1], labels[:, 1:]  # what stands at a token predicts the next
-        best = logits.argmax(dim=-1).cpu()
+        best, labels = logits.argmax(dim=-1).cpu(), labels.cpu()
         for place, row in enumerate(chunk):
-            found[row] = best[place][labels[place].cpu() != -100]
+            counts = labels[place] != -100
+            found[row] = best[place][counts], labels[place][counts]
         tick(len(chunk))
     return found
 

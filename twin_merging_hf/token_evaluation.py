@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from .errors import require_extra
@@ -68,6 +67,12 @@ def _by_row(flat: list[str], labels: list[str], rows: list[dict], processing: Pr
     return RowTags([[next(remaining) for _ in own] for own in true], true)
 
 
+def tag_accuracy(tags: RowTags) -> float:
+    """Share of tokens whose tag is right."""
+    pairs = [pair for row in zip(tags.predicted, tags.true, strict=True) for pair in zip(*row, strict=True)]
+    return sum(predicted == true for predicted, true in pairs) / len(pairs)
+
+
 def tag_scores(tags: RowTags) -> dict[str, float]:
     """
     Token `accuracy`, and entity-level `f1` (micro, as CoNLL counts) where seqeval is installed and the task's tags are
@@ -78,8 +83,7 @@ def tag_scores(tags: RowTags) -> dict[str, float]:
     """
     predicted = [tag for row in tags.predicted for tag in row]
     true = [tag for row in tags.true for tag in row]
-    right = torch.tensor([p == t for p, t in zip(predicted, true, strict=True)])
-    scores = {"accuracy": float(right.float().mean())}
+    scores = {"accuracy": tag_accuracy(tags)}
     chunked = any(tag.startswith(("B-", "I-")) for tag in true)
     if chunked and importlib.util.find_spec("seqeval") is not None:
         metrics = require_extra("seqeval.metrics", "tags")

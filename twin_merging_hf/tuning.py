@@ -11,6 +11,7 @@ from .align_experts import align_inputs
 from .compression import truncated_svd
 from .errors import TwinMergingError
 from .evaluation import accuracy, checkpoint_model, merged_backbone, model_outputs, pearson, with_backbone
+from .language_evaluation import token_accuracy
 from .merging import DEFAULTS
 from .preflight import Inputs, preflight
 from .progress import Progress, no_loading_bars
@@ -18,6 +19,7 @@ from .recipe import Recipe, load_recipe
 from .separation import model_dtype
 from .shapes import as_matrix, matrix_shape
 from .shared_merge import merge_settings
+from .token_evaluation import expert_tags, tag_accuracy
 from .tuned_recipe import write_tuned
 
 
@@ -40,7 +42,8 @@ class Candidate:
     """
     One setting and its scores on held-out rows.
 
-    raw: by expert: accuracy, or Pearson correlation of a regression. score: mean over experts of raw / the expert's own.
+    raw: by expert: accuracy (of tokens or their tags, where there are no classes of rows), or Pearson correlation of a
+    regression. score: mean over experts of raw / the expert's own.
     """
 
     setting: dict[str, float]
@@ -107,7 +110,7 @@ def _tune(inputs: Inputs, grids: Grids, progress: Progress) -> Tuning:
         if own[name] <= 0:
             raise TwinMergingError(
                 f"expert {name!r} scores {own[name]:.4f} on its own held-out rows, so nothing can be compared with it; "
-                "check that its labels and data belong together"
+                "check that they belong to its task"
             )
     tuning = Tuning({name: len(rows.held_out) for name, rows in zip(names, inputs.rows, strict=True)}, own)
     _tune_merge(inputs, grids, progress, tuning)
@@ -121,11 +124,18 @@ def _tune(inputs: Inputs, grids: Grids, progress: Progress) -> Tuning:
 
 
 def _score(inputs: Inputs, index: int, model: torch.nn.Module) -> float:
-    """Accuracy (Pearson for a regression) of a stock model on an expert's held-out rows."""
+    """
+    A stock model's score on an expert's held-out rows: accuracy (of tags, where tokens are tagged; of the completion's or
+    the masked tokens, of a language model), or Pearson of a regression.
+    """
     assert inputs.rows is not None and inputs.processing is not None
-    rows = inputs.rows[index].held_out
-    outputs = model_outputs(model, rows, inputs.processing)
-    if inputs.entries[index]["problem_type"] == "regression":
+    rows, processing, entry = inputs.rows[index].held_out, inputs.processing, inputs.entries[index]
+    if processing.kind in ("prompt", "masked"):
+        return token_accuracy(model, rows, processing)
+    if processing.kind == "tokens":
+        return tag_accuracy(expert_tags(model, list(entry["labels"]), rows, processing))
+    outputs = model_outputs(model, rows, processing)
+    if entry["problem_type"] == "regression":
         return pearson(outputs[:, 0], torch.tensor([row["label"] for row in rows]))
     return accuracy(outputs, rows)
 
