@@ -259,6 +259,13 @@ class GenerationLMMixin(LanguageModelMixin):
     def _supports_logits_to_keep(self) -> bool:
         return "logits_to_keep" in self._accepted
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: Transformers packs all prompts into one row, and a row has one mixture (`generate_batch` comes here too)."""
+        raise ValueError(
+            "continuous batching is not supported by Twin-Merging models, because it packs prompts of several experts into one "
+            "row; use `generate` with a padded batch, or `twin-merging serve`"
+        )
+
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         """A model that drafts for this one is given the rows' weights only if it has the same experts."""
         drafting = kwargs.get("assistant_model")

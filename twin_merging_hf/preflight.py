@@ -433,7 +433,10 @@ def _common_processing(
             processing, common, None if is_expert else ("vocabulary", "size", "image_mean", "image_std")
         )
         if parts:
-            problems.append(f"{checkpoint.role}: its {what} differs from that of {first.role} in {', '.join(parts)}")
+            problems.append(
+                f"{checkpoint.role}: its {what} differs from that of {first.role} in {', '.join(parts)}; the artifact has one "
+                f"for all, so train with one, or save the right one into each folder if the difference is by oversight"
+            )
     return replace(common, max_tokens=min(common.max_tokens, position_limit(backbones[0].skeleton)))
 
 

@@ -243,6 +243,11 @@ def test_generate_refuses_what_it_does_not_know(llama, options, says):
         llama.generate(**prompts(), **GREEDY, **options)
 
 
+def test_prompts_are_not_packed_into_one_row(llama):
+    with pytest.raises(ValueError, match="continuous batching is not supported"):
+        llama.generate_batch(inputs=[[5, 6, 7], [8, 9]])
+
+
 def test_generate_and_forwards_without_a_prompt_say_so(language, llama):
     with pytest.raises(ValueError, match="`generate` needs a prompt"):
         llama.generate(max_new_tokens=2)
