@@ -200,19 +200,21 @@ class GenerationLMMixin(LanguageModelMixin):
             )
         kwargs = self._with_cache(kwargs)
         weights = self._weights_of_prompt(inputs, kwargs, experts, expert_weights)
-        settings = kwargs.get("generation_config") or self.generation_config
-        with self.generating(kwargs.get("max_new_tokens", settings.max_new_tokens)), self._guided(weights, kwargs):
+        with self.generating(self._setting("max_new_tokens", kwargs)), self._guided(weights, kwargs):
             output = super().generate(inputs, *args, expert_weights=weights, **kwargs)  # type: ignore[misc]
         if isinstance(output, dict):
             output["expert_weights"] = weights
         return output
 
+    def _setting(self, name: str, kwargs: dict) -> Any:
+        """A setting of this call of `generate`: its own argument, else that of its or the model's `generation_config`."""
+        return kwargs.get(name, getattr(kwargs.get("generation_config") or self.generation_config, name))
+
     def _guided(self, weights: torch.Tensor, kwargs: dict) -> AbstractContextManager:
         """Under classifier-free guidance, the weights for the second pass, which `generate` runs without any of ours."""
-        settings = kwargs.get("generation_config") or self.generation_config
-        if kwargs.get("guidance_scale", settings.guidance_scale) in (None, 1):
+        if self._setting("guidance_scale", kwargs) in (None, 1):
             return nullcontext()
-        copies = [kwargs.get(name, getattr(settings, name)) or 1 for name in ("num_beams", "num_return_sequences")]
+        copies = [self._setting(name, kwargs) or 1 for name in ("num_beams", "num_return_sequences")]
         return self.mix.force(weights.repeat_interleave(max(copies), dim=0))
 
     def _weights_of_prompt(self, inputs, kwargs: dict, experts, expert_weights) -> torch.Tensor:
@@ -239,9 +241,7 @@ class GenerationLMMixin(LanguageModelMixin):
 
     def _mask_of(self, ids: torch.Tensor, kwargs: dict) -> torch.Tensor | None:
         """The mask that `generate` takes for granted where none is given: all but padding, if padding can be told."""
-        settings = kwargs.get("generation_config") or self.generation_config
-        pad = kwargs.get("pad_token_id", settings.pad_token_id)
-        end = kwargs.get("eos_token_id", settings.eos_token_id)
+        pad, end = self._setting("pad_token_id", kwargs), self._setting("eos_token_id", kwargs)
         ends = end if isinstance(end, (list, tuple)) else [end]
         if self.config.is_encoder_decoder or pad is None or pad in ends:
             return None

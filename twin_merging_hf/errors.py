@@ -14,11 +14,18 @@ class TwinMergingError(ValueError):
 
 
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]{8,}")
+# A whole one has 34 characters behind its prefix; words of a vocabulary that begin so are shorter.
+_WHOLE_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 
 
 def without_tokens(text: str) -> str:
     """A text for messages and logs, with every Hub token blotted out."""
     return _TOKEN.sub("[token]", text)
+
+
+def holds_token(content: bytes) -> bool:
+    """Whether a file's content holds a whole Hub token, and not only something that begins like one."""
+    return _WHOLE_TOKEN.search(content) is not None
 
 
 def is_file(path: Path) -> bool:

@@ -18,6 +18,7 @@ _BATCH = 8
 _MASKED = 0.15
 
 
+@torch.no_grad()
 def predicted_tokens(
     model: nn.Module,
     rows: list[dict],
@@ -25,7 +26,7 @@ def predicted_tokens(
     routed: bool = False,
     experts: str | None = None,
     tick: Callable[[int], Any] = lambda count: None,
-) -> list[torch.Tensor]:
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """
     The likeliest token at every place of each row's completion, the completion itself given up to there; of a model that
     fills masks, at the masked tokens (a seventh of a row's, at least one, the same ones in every call).
@@ -36,28 +37,10 @@ def predicted_tokens(
         experts: instead, the expert that answers all rows.
 
     Returns:
-        For each row, token ids [place].
+        For each row, token ids [place]: the likeliest ones, and the row's own.
     """
-    return [best for best, _ in _forced_tokens(model, rows, processing, routed, experts, tick)]
-
-
-def token_accuracy(model: nn.Module, rows: list[dict], processing: Processing) -> float:
-    """Share of the places of `predicted_tokens` at which a stock model's likeliest token is the row's own."""
-    found = _forced_tokens(model, rows, processing)
-    return token_agreement([best for best, _ in found], [own for _, own in found])
-
-
-@torch.no_grad()
-def _forced_tokens(
-    model: nn.Module,
-    rows: list[dict],
-    processing: Processing,
-    routed: bool = False,
-    experts: str | None = None,
-    tick: Callable[[int], Any] = lambda count: None,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each row, the likeliest tokens [place] at the places of `predicted_tokens`, and the row's own."""
-    found: list[tuple[torch.Tensor, torch.Tensor]] = [(torch.empty(0), torch.empty(0))] * len(rows)
+    predicted: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+    own = list(predicted)
     for chunk in _chunks(rows):
         chosen = [rows[i] for i in chunk]
         prompt, inputs = _inputs(model, chosen, processing)
@@ -70,13 +53,13 @@ def _forced_tokens(
         best, labels = logits.argmax(dim=-1).cpu(), labels.cpu()
         for place, row in enumerate(chunk):
             counts = labels[place] != -100
-            found[row] = best[place][counts], labels[place][counts]
+            predicted[row], own[row] = best[place][counts], labels[place][counts]
         tick(len(chunk))
-    return found
+    return predicted, own
 
 
 def token_agreement(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    """Share of all places at which two models' likeliest tokens are the same."""
+    """Share of all places at which two lists of a row's tokens each are the same."""
     return float((torch.cat(one) == torch.cat(other)).float().mean())
 
 

@@ -420,9 +420,8 @@ def _common_processing(
         if processing is not None:
             loaded.append((checkpoint, processing))
     what = "image processor" if kind == "image" else "tokenizer"
-    if not loaded and any(expert.data is not None for expert in recipe.experts):
-        raise TwinMergingError(f"`data` is given, but no checkpoint has a {what} to read it with")
     if not loaded:
+        _refuse_data(recipe, f"no checkpoint has a {what}")
         notes.append(f"no checkpoint has a {what}, so the artifact has none; pipelines need one")
         return None
     first, common = loaded[0]
@@ -438,6 +437,12 @@ def _common_processing(
                 f"for all, so train with one, or save the right one into each folder if the difference is by oversight"
             )
     return replace(common, max_tokens=min(common.max_tokens, position_limit(backbones[0].skeleton)))
+
+
+def _refuse_data(recipe: Recipe, why: str) -> None:
+    """Raise `TwinMergingError` if any expert has data, which nothing can read."""
+    if any(expert.data is not None for expert in recipe.experts):
+        raise TwinMergingError(f"`data` is given, but {why} to read it with")
 
 
 def checkpoint_processing(checkpoint: Checkpoint, kind: str, trust_remote_code: bool = False) -> Processing | None:
@@ -530,6 +535,6 @@ def read_all_rows(
     recipe: Recipe, entries: list[dict], kind: str, processing: Processing | None
 ) -> list[ExpertRows] | None:
     """Rows of every expert, split as a build splits them; None unless all have data. Raises `TwinMergingError`."""
-    if processing is None and any(expert.data is not None for expert in recipe.experts):
-        raise TwinMergingError("`data` is given, but there is no tokenizer or image processor to read it with")
+    if processing is None:
+        _refuse_data(recipe, "there is no tokenizer or image processor")
     return _rows(recipe, entries, kind)

@@ -1,16 +1,13 @@
 """What of an artifact may leave this machine."""
 
-import re
 from pathlib import Path
 
 from twin_merging_hf.modeling import TwinMergingConfig
 
 from .artifact import LAYOUT, code_files, read_config, weight_files
-from .errors import TwinMergingError
+from .errors import TwinMergingError, holds_token
 
 
-# A token of the Hub has 34 characters behind its prefix; words of a vocabulary that begin so are shorter.
-_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 _WRITTEN = (LAYOUT.config, LAYOUT.card, LAYOUT.recipe, LAYOUT.report, LAYOUT.evaluation)
 
 
@@ -37,7 +34,7 @@ def artifact_files(folder: Path, config: TwinMergingConfig) -> list[str]:
             raise TwinMergingError(
                 f"{path} is a link to {path.resolve()}, outside of the artifact; put the file itself there"
             )
-        if name in _WRITTEN and _TOKEN.search(path.read_bytes()):
+        if name in _WRITTEN and holds_token(path.read_bytes()):
             raise TwinMergingError(
                 f"{path} holds a Hub token, which everybody could read; take it out of the recipe and build again, and revoke it"
             )

@@ -20,6 +20,10 @@ class RowTags:
     predicted: list[list[str]]
     true: list[list[str]]
 
+    def flat(self) -> tuple[list[str], list[str]]:
+        """Those of all tokens, row after row: predicted and true."""
+        return [tag for row in self.predicted for tag in row], [tag for row in self.true for tag in row]
+
 
 def expert_tags(model: nn.Module, labels: list[str], rows: list[dict], processing: Processing) -> RowTags:
     """
@@ -69,7 +73,7 @@ def _by_row(flat: list[str], labels: list[str], rows: list[dict], processing: Pr
 
 def tag_accuracy(tags: RowTags) -> float:
     """Share of tokens whose tag is right."""
-    pairs = [pair for row in zip(tags.predicted, tags.true, strict=True) for pair in zip(*row, strict=True)]
+    pairs = list(zip(*tags.flat(), strict=True))
     return sum(predicted == true for predicted, true in pairs) / len(pairs)
 
 
@@ -81,8 +85,7 @@ def tag_scores(tags: RowTags) -> dict[str, float]:
     Raises:
         TwinMergingError: neither seqeval nor scikit-learn is installed.
     """
-    predicted = [tag for row in tags.predicted for tag in row]
-    true = [tag for row in tags.true for tag in row]
+    predicted, true = tags.flat()
     scores = {"accuracy": tag_accuracy(tags)}
     chunked = any(tag.startswith(("B-", "I-")) for tag in true)
     if chunked and importlib.util.find_spec("seqeval") is not None:

@@ -11,7 +11,7 @@ from .align_experts import align_inputs
 from .compression import truncated_svd
 from .errors import TwinMergingError
 from .evaluation import accuracy, checkpoint_model, merged_backbone, model_outputs, pearson, with_backbone
-from .language_evaluation import token_accuracy
+from .language_evaluation import predicted_tokens, token_agreement
 from .merging import DEFAULTS
 from .preflight import Inputs, preflight
 from .progress import Progress, no_loading_bars
@@ -131,7 +131,7 @@ def _score(inputs: Inputs, index: int, model: torch.nn.Module) -> float:
     assert inputs.rows is not None and inputs.processing is not None
     rows, processing, entry = inputs.rows[index].held_out, inputs.processing, inputs.entries[index]
     if processing.kind in ("prompt", "masked"):
-        return token_accuracy(model, rows, processing)
+        return token_agreement(*predicted_tokens(model, rows, processing))
     if processing.kind == "tokens":
         return tag_accuracy(expert_tags(model, list(entry["labels"]), rows, processing))
     outputs = model_outputs(model, rows, processing)

@@ -100,9 +100,9 @@ def _language_agreement(
 ) -> tuple[float, float]:
     """Share of places at which the artifact would write the expert's own token: routed, and with the expert given."""
     assert inputs.processing is not None
-    reference = predicted_tokens(checkpoint_model(checkpoint, inputs.low_memory), rows, inputs.processing, tick=tick)
-    by_itself = predicted_tokens(model, rows, inputs.processing, routed=True, tick=tick)
-    by_hand = predicted_tokens(model, rows, inputs.processing, experts=name, tick=tick)
+    reference, _ = predicted_tokens(checkpoint_model(checkpoint, inputs.low_memory), rows, inputs.processing, tick=tick)
+    by_itself, _ = predicted_tokens(model, rows, inputs.processing, routed=True, tick=tick)
+    by_hand, _ = predicted_tokens(model, rows, inputs.processing, experts=name, tick=tick)
     return round(token_agreement(by_itself, reference), 4), round(token_agreement(by_hand, reference), 4)
 
 

@@ -74,8 +74,8 @@ def _state(name: str, recorded: object, sources_in: Path) -> SourceState:
         return SourceState(name, "?", unknown="the artifact records no `model` and `sha256` of it")
     model = recorded["model"]
     # What was a folder at the build is not looked for on the Hub, where anybody may have a model of that name.
-    if recorded.get("from_hub") is False and not os.path.isdir(local_folder(model, sources_in)):
-        where = local_folder(model, sources_in)
+    where = local_folder(model, sources_in)
+    if recorded.get("from_hub") is False and not os.path.isdir(where):
         return SourceState(
             name, model, unknown=f"folder {where} is not there; `--from FOLDER` says where the recipe lay"
         )
