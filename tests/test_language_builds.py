@@ -141,6 +141,17 @@ def test_messages_train_the_router_through_the_chat_template_which_the_artifact_
     assert kept == AutoTokenizer.from_pretrained(folder / "a").chat_template
 
 
+def test_several_chat_templates_are_kept(tmp_path):
+    root = tiny.make_experts("llama-lm", tmp_path, {"a": (), "b": ()}, rows=20)
+    templates = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    for name in ("base", "a", "b"):
+        tokenizer = AutoTokenizer.from_pretrained(root / name)
+        tokenizer.chat_template = templates
+        tokenizer.save_pretrained(root / name)
+    out = build_artifact(tiny.write_recipe(root, "ab"), tmp_path / "out", Progress(quiet=True)).folder
+    assert check_artifact(out) == [] and AutoTokenizer.from_pretrained(out).chat_template == templates
+
+
 def test_messages_without_a_chat_template_are_refused(tmp_path):
     folder = tiny.make_experts("llama-lm", tmp_path, {"a": (), "b": ()}, rows=0)
     row = {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}

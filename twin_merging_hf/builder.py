@@ -234,7 +234,10 @@ def _loaded(model_class: Any, folder: Path, config: TwinMergingConfig, low_memor
 def _save(model: Any, folder: Path, inputs: Inputs) -> None:
     """Write processor, recipe, weights, config and code; the list of companions goes into the config."""
     if inputs.processing is not None:
-        inputs.processing.processor.save_pretrained(folder)
+        processor = inputs.processing.processor
+        # Several chat templates would go into a folder of their own, but all companions are files.
+        several = isinstance(getattr(processor, "chat_template", None), dict)
+        processor.save_pretrained(folder, **({"save_jinja_files": False} if several else {}))
     (folder / LAYOUT.recipe).write_text(inputs.recipe.text, encoding="utf-8")
     hashes = recorded_hashes(inputs.recipe, inputs.entries, inputs.kind)
     if hashes:
